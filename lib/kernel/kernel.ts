@@ -1,0 +1,176 @@
+import type { Arch } from '../model_options.ts';
+import type { ReadonlyRangeMap } from '../ranges.ts';
+
+/**
+ * An unsigned 64-bit value: safe integers as number, the whole range as bigint. A negative integer stands for its two's
+ * complement, as in C, so an offset of -1 can be sent to a call that reads it as signed.
+ */
+export type U64 = number | bigint;
+/** ≥ 0, or -errno. */
+export type Result = number;
+
+/** struct kvm_userspace_memory_region. */
+export interface UserMemoryRegion {
+  slot: number;
+  flags: number;
+  guestPhysAddr: U64;
+  memorySize: U64;
+  userspaceAddr: U64;
+}
+
+/** struct kvm_userspace_memory_region2. */
+export interface UserMemoryRegion2 extends UserMemoryRegion {
+  guestMemfdOffset: U64;
+  guestMemfd: number;
+}
+
+/** struct kvm_memory_attributes. */
+export interface MemoryAttributesArgs {
+  address: U64;
+  size: U64;
+  attributes: U64;
+  flags: U64;
+}
+
+/** What fstat(2) fills in. */
+export interface FileStatus {
+  mode?: number;
+  size?: bigint;
+  blocks?: bigint;
+  blksize?: number;
+  ino?: bigint;
+  nlink?: number;
+}
+
+/** What cachestat(2) fills in: pages of the file in the page cache. */
+export interface CacheStatus {
+  cache?: number;
+  dirty?: number;
+  writeback?: number;
+  evicted?: number;
+  recentlyEvicted?: number;
+}
+
+/**
+ * The boundary: one method per system call, the same for the running Linux kernel and for the software kernel.
+ *
+ * Every method returns the call's result, ≥ 0, or `-errno`. Nothing throws, except a `TypeError` for an argument that could
+ * not be a system call's argument at all (a string for a size, NaN, a fraction, more than 64 bits).
+ *
+ * File descriptors are those this kernel opened: any other number is `-EBADF`, so a wrong one can never close or write to a
+ * file of the rest of the process. Mappings are handles; a range that leaves its mapping is `-ENOMEM` (`-EFAULT` for
+ * copies), as for an address where nothing is mapped.
+ *
+ * Four requests never reach a kernel and are refused alike by every backend: setting or dropping GUEST_MEMFD on an existing slot
+ * (a use-after-free before Linux 6.19), binding beyond 2^63 (accepted by mistake before 7.2), MAP_FIXED (would replace
+ * memory of the process), and MADV_HWPOISON / MADV_SOFT_OFFLINE (would poison memory of the machine): all `-EINVAL`.
+ */
+export interface Kernel {
+  readonly name: 'linux' | 'software';
+  readonly arch: Arch;
+  /** `uname -r`, or the version the model plays. */
+  readonly release: string;
+  readonly pageSize: number;
+
+  /** Why the most recent call of this kernel that was refused was refused: the rule it broke, in a sentence; null where no rule is known. */
+  explain(): string | null;
+  /**
+   * The private ranges of a VM in units of pages (gfn), as set through this kernel: Linux has no getter. Live and read-only; undefined
+   * when `vm` is not a VM fd.
+   */
+  privateGfns(vm: number): ReadonlyRangeMap<true> | undefined;
+
+  // ── any fd
+  /**
+   * ioctl(2) with a request by number. An argument ≥ 4096 is accepted only for KVM requests that pass it by value, because any other
+   * would be taken for an address: EFAULT.
+   */
+  ioctl(fd: number, request: number, argument: U64): Result;
+
+  // ── /dev/kvm
+  /** open(2) of /dev/kvm, or of `path`, with O_RDWR | O_CLOEXEC. */
+  openKvm(path?: string): Result;
+  getApiVersion(kvm: number): Result;
+  getVcpuMmapSize(kvm: number): Result;
+  /** On a /dev/kvm or a VM fd. */
+  checkExtension(fd: number, capability: number): Result;
+  createVm(kvm: number, type: U64): Result;
+
+  // ── VM fds
+  /** The new fd has FD_CLOEXEC set, which KVM itself does not do. */
+  createGuestMemfd(vm: number, args: { size: U64; flags: U64 }): Result;
+  setUserMemoryRegion(vm: number, region: UserMemoryRegion): Result;
+  setUserMemoryRegion2(vm: number, region: UserMemoryRegion2): Result;
+  setMemoryAttributes(vm: number, args: MemoryAttributesArgs): Result;
+  /** The same call on a thread of its own: it is uninterruptible and costs by the page. The VM stays open until it ends. */
+  setMemoryAttributesAsync(vm: number, args: MemoryAttributesArgs): Promise<Result>;
+  enableCap(fd: number, args: { cap: number; flags: number; args: readonly U64[] }): Result;
+  /** A bitmap shorter than the slot needs is passed on as NULL: EFAULT, after the kernel's other checks. */
+  getDirtyLog(vm: number, args: { slot: number; dirtyBitmap: Uint8Array | null }): Result;
+  clearDirtyLog(
+    vm: number,
+    args: { slot: number; numPages: number; firstPage: U64; dirtyBitmap: Uint8Array | null },
+  ): Result;
+
+  // ── files
+  open(path: string, flags: number, mode?: number): Result;
+  fallocate(fd: number, mode: number, offset: U64, length: U64): Result;
+  /** The same call on a thread of its own; the file stays open until it ends. */
+  fallocateAsync(fd: number, mode: number, offset: U64, length: U64): Promise<Result>;
+  ftruncate(fd: number, length: U64): Result;
+  fstat(fd: number, status: FileStatus): Result;
+  fstatfs(fd: number, status: { type?: number; bsize?: number }): Result;
+  /** cachestat(2), Linux 6.5: how much of the file's range is in memory, without mapping it. Length 0 means to the end. */
+  cachestat(fd: number, offset: U64, length: U64, status: CacheStatus): Result;
+  fsync(fd: number): Result;
+  read(fd: number, target: Uint8Array): Result;
+  write(fd: number, source: Uint8Array): Result;
+  pread(fd: number, target: Uint8Array, offset: U64): Result;
+  pwrite(fd: number, source: Uint8Array, offset: U64): Result;
+  lseek(fd: number, offset: U64, whence: number): Result;
+  memfdCreate(name: string, flags: number): Result;
+  fcntlGetFd(fd: number): Result;
+  /** fcntl(2) with F_GETFD, F_SETFD, F_GETFL, F_ADD_SEALS or F_GET_SEALS; any other command is EINVAL. */
+  fcntl(fd: number, command: number, argument: number): Result;
+  /** poll(2) on one fd without waiting: the returned events. */
+  poll(fd: number, events: number): Result;
+  epollCreate1(flags: number): Result;
+  epollCtl(epoll: number, operation: number, fd: number, events: number): Result;
+  /** F_DUPFD_CLOEXEC. */
+  dup(fd: number): Result;
+  close(fd: number): Result;
+
+  // ── mappings: a mapping is a handle; the address is there for struct fields, the window for speed
+  /** A handle ≥ 0. fd -1 with MAP_ANONYMOUS. */
+  mmap(args: { length: U64; prot: number; flags: number; fd: number; offset: U64 }): Result;
+  addressOf(mapping: number): bigint;
+  mprotect(mapping: number, offset: U64, length: U64, prot: number): Result;
+  madvise(mapping: number, offset: U64, length: U64, advice: number): Result;
+  /** The same call on a thread of its own; the mapping stays until it ends. */
+  madviseAsync(mapping: number, offset: U64, length: U64, advice: number): Promise<Result>;
+  mlock(mapping: number, offset: U64, length: U64): Result;
+  munlock(mapping: number, offset: U64, length: U64): Result;
+  msync(mapping: number, offset: U64, length: U64, flags: number): Result;
+  mbind(mapping: number, offset: U64, length: U64, policy: number, nodes: readonly number[]): Result;
+  /** get_mempolicy(2) with MPOL_F_ADDR: the policy of the page at `offset`. */
+  getMempolicy(mapping: number, offset: U64): Result;
+  /** One byte per page, bit 0 = resident. A residency array shorter than the range is EFAULT. */
+  mincore(mapping: number, offset: U64, length: U64, residency: Uint8Array): Result;
+  userfaultfd(flags: number): Result;
+  /** UFFDIO_API with these features. */
+  uffdioApi(uffd: number, features: U64): Result;
+  /** UFFDIO_REGISTER of a range of a mapping. */
+  uffdioRegister(uffd: number, mapping: number, offset: U64, length: U64, mode: number): Result;
+  /** Copy out, guarded: -EFAULT where a touch would be SIGBUS or SIGSEGV. Bytes copied, possibly short. */
+  peek(mapping: number, offset: U64, target: Uint8Array): Result;
+  /** Copy in, guarded. */
+  poke(mapping: number, offset: U64, source: Uint8Array): Result;
+  /**
+   * A live view of the mapping's bytes, detached by munmap; at most 4 GiB. The caller answers for what it touches. Views of one mapping
+   * share their ArrayBuffer, unless `own` asks for one that `releaseWindow` can detach by itself.
+   */
+  window(mapping: number, offset: number, length: number, own?: boolean): Uint8Array;
+  /** Detaches a view made with `own`. */
+  releaseWindow(view: Uint8Array): void;
+  munmap(mapping: number): Result;
+}

@@ -1,0 +1,21 @@
+export type Arch = 'x86_64' | 'aarch64';
+
+/** The kernel versions the software kernel can play: each changed something that can be seen at the boundary. */
+export const kernelVersions = ['6.8', '6.11', '6.18', '6.19', '7.1', '7.2', '7.3'] as const;
+export type KernelVersion = (typeof kernelVersions)[number];
+
+/** Which kernel, on which machine, the software backend plays. */
+export interface ModelOptions {
+  /** x86_64 by default, whatever the host is. */
+  readonly arch?: Arch;
+  /** The newest by default. */
+  readonly kernel?: KernelVersion;
+  /** Bytes: 4096 (default), and on aarch64 also 16384 and 65536. */
+  readonly pageSize?: number;
+  /** x86_64: whether SW_PROTECTED VMs can be created, and so whether the attributes ioctl exists. Default true; needs `tdp`. */
+  readonly swProtected?: boolean;
+  /** x86_64: hardware paging for guests (NPT, EPT). Default true; false plays a host without it. */
+  readonly tdp?: boolean;
+  /** aarch64: a host booted with kvm-arm.mode=protected, which can create protected VMs since 7.1. Default false. */
+  readonly pkvm?: boolean;
+}

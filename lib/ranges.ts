@@ -23,84 +23,101 @@ export interface ReadonlyRangeMap<V> {
   [Symbol.iterator](): IterableIterator<Range<V>>;
 }
 
-/** Ranges a leaf may hold between two calls; an edit may overfill it by two before it is split. */
-const LEAF_MAX = 126;
+/**
+ * Ranges a leaf may hold between two calls; an edit may overfill it by two before it is split. Smaller leaves make
+ * a million ranges slower to find, larger ones slower to edit.
+ */
+const LEAF_MAX = 254;
 /** A position is one number: the leaf's index times this, plus the index in the leaf. */
 const STRIDE = LEAF_MAX + 2;
 
-/** Up to LEAF_MAX consecutive ranges. */
+const NOTHING: readonly never[] = [];
+
+/** Consecutive ranges, in order. Indexes are not checked. */
 class Leaf<V> {
   count = 0;
   /** Sum of the lengths, so that sums over many leaves need not look inside. */
   length = 0;
-  readonly starts = new Float64Array(STRIDE);
-  readonly ends = new Float64Array(STRIDE);
+  /** start, end, start, end, …: whoever reads the one reads the other, and this way it is one cache line. */
+  readonly bounds = new Float64Array(2 * STRIDE);
   readonly values: V[] = [];
 
+  start(i: number): number {
+    return this.bounds[2 * i] as number;
+  }
+
+  end(i: number): number {
+    return this.bounds[2 * i + 1] as number;
+  }
+
+  get lastEnd(): number {
+    return this.count ? this.end(this.count - 1) : 0;
+  }
+
   range(i: number): Range<V> {
-    return { start: this.starts[i] as number, end: this.ends[i] as number, value: this.values[i] as V };
+    return { start: this.start(i), end: this.end(i), value: this.values[i] as V };
   }
 
   /** Index of the first range that ends after `at`; `count` when none does. */
   seek(at: number): number {
-    const { ends } = this;
     let low = 0;
     let high = this.count;
     while (low < high) {
       const middle = (low + high) >>> 1;
-      if ((ends[middle] as number) > at) high = middle;
+      if (this.end(middle) > at) high = middle;
       else low = middle + 1;
     }
     return low;
   }
 
+  /** Sum of the lengths of the ranges with index [from, to). */
   lengthOf(from: number, to: number): number {
     if (from === 0 && to === this.count) return this.length;
     let length = 0;
-    for (let i = from; i < to; i++) length += (this.ends[i] as number) - (this.starts[i] as number);
+    for (let i = from; i < to; i++) length += this.end(i) - this.start(i);
     return length;
   }
 
   /** Replaces the ranges with index [from, to). */
   splice(from: number, to: number, pieces: readonly Range<V>[]): void {
     this.length -= this.lengthOf(from, to);
-    this.starts.copyWithin(from + pieces.length, to, this.count);
-    this.ends.copyWithin(from + pieces.length, to, this.count);
+    this.bounds.copyWithin(2 * (from + pieces.length), 2 * to, 2 * this.count);
     this.values.splice(from, to - from, ...pieces.map((piece) => piece.value));
     this.count += pieces.length - (to - from);
+    let at = 2 * from;
     for (const piece of pieces) {
-      this.starts[from] = piece.start;
-      this.ends[from++] = piece.end;
+      this.bounds[at++] = piece.start;
+      this.bounds[at++] = piece.end;
       this.length += piece.end - piece.start;
     }
   }
 
   /** Appends the ranges of `other` from index `from` on. */
   append(other: Leaf<V>, from = 0): void {
-    this.starts.set(other.starts.subarray(from, other.count), this.count);
-    this.ends.set(other.ends.subarray(from, other.count), this.count);
+    this.bounds.set(other.bounds.subarray(2 * from, 2 * other.count), 2 * this.count);
     this.values.push(...other.values.slice(from));
     this.length += other.lengthOf(from, other.count);
     this.count += other.count - from;
   }
 }
 
-const NOTHING: readonly never[] = [];
-
 /**
  * A map from integers 0 … 2^53 - 1 to values that costs by the number of ranges, never by their length: sorted ranges
- * in leaves of about a hundred, and an array of leaves.
+ * in leaves of up to 254, and an array of leaves.
  *
  * Bounds are integers, `end` at most 2^53; callers check that. A range with start ≥ end is empty: writing it changes
  * nothing, and asking about it finds nothing. Values are compared with `===`; neighbours with equal values are one range.
- * With n ranges a look-up costs O(log n), a change O(log n + ranges it replaces).
+ * With n ranges a look-up costs O(log n), a change O(log n + ranges it replaces); a million ranges take about 60 MiB.
  *
- * Iterators are live: each step continues behind the range it gave last, in the map as it is then, up to the end that
- * the last range had when the iteration began. So a loop may change what it visits, and it terminates.
+ * Iterators are live, and a loop may change the map it visits. Each step goes on from the end of what it gave before, in
+ * the map as it is then: a range that grew backwards is cut there. An iteration never goes past the end that the last
+ * range has at its first step, so what is appended meanwhile is not visited and no loop can chase its own additions.
  */
 export class RangeMap<V> implements ReadonlyRangeMap<V> {
   /** Never without a leaf; a leaf is empty only when it is the only one. */
   #leaves: Leaf<V>[] = [new Leaf()];
+  /** Where each leaf's last range ends: a search reads this array instead of one cache line per leaf. */
+  #lastEnds: number[] = [0];
   #size = 0;
   #length = 0;
   /** Counts changes: tells an iterator that its position may have moved. */
@@ -115,10 +132,7 @@ export class RangeMap<V> implements ReadonlyRangeMap<V> {
   }
 
   get(at: number): V | undefined {
-    const p = this.#seek(at);
-    const leaf = this.#leafAt(p);
-    const i = p % STRIDE;
-    return i < leaf.count && (leaf.starts[i] as number) <= at ? leaf.values[i] : undefined;
+    return this.rangeAt(at)?.value;
   }
 
   rangeAt(at: number): Range<V> | undefined {
@@ -139,7 +153,7 @@ export class RangeMap<V> implements ReadonlyRangeMap<V> {
     return range !== undefined && range.start < end;
   }
 
-  /** Costs by the number of leaves, a hundredth of the ranges in [start, end). */
+  /** Costs by the number of leaves, about a hundredth of the ranges in [start, end). */
   lengthWithin(start: number, end: number): number {
     if (start >= end) return 0;
     const p = this.#seek(start);
@@ -157,8 +171,7 @@ export class RangeMap<V> implements ReadonlyRangeMap<V> {
   }
 
   *within(start = 0, end = Number.MAX_SAFE_INTEGER + 1): IterableIterator<Range<V>> {
-    const lastLeaf = this.#leaves.at(-1) as Leaf<V>;
-    const limit = Math.min(end, lastLeaf.ends[lastLeaf.count - 1] ?? 0);
+    const limit = Math.min(end, this.#lastEnds.at(-1) as number);
     let at = start;
     let version = -1;
     let k = 0;
@@ -177,12 +190,10 @@ export class RangeMap<V> implements ReadonlyRangeMap<V> {
         leaf = next;
         i = 0;
       }
-      const range = leaf.range(i++);
-      if (range.start >= limit) return;
-      yield range.start < at || range.end > limit
-        ? { start: Math.max(range.start, at), end: Math.min(range.end, limit), value: range.value }
-        : range;
-      at = range.end;
+      const from = Math.max(leaf.start(i), at);
+      if (from >= limit) return;
+      at = Math.min(leaf.end(i), limit);
+      yield { start: from, end: at, value: leaf.values[i++] as V };
     }
   }
 
@@ -213,6 +224,7 @@ export class RangeMap<V> implements ReadonlyRangeMap<V> {
 
   clear(): void {
     this.#leaves = [new Leaf()];
+    this.#lastEnds = [0];
     this.#size = 0;
     this.#length = 0;
     this.#version++;
@@ -226,6 +238,7 @@ export class RangeMap<V> implements ReadonlyRangeMap<V> {
       twin.append(leaf);
       return twin;
     });
+    copy.#lastEnds = this.#lastEnds.slice();
     copy.#size = this.#size;
     copy.#length = this.#length;
     return copy;
@@ -233,11 +246,11 @@ export class RangeMap<V> implements ReadonlyRangeMap<V> {
 
   /** Replaces what lies in [start, end) by `range` or by nothing. */
   #write(start: number, end: number, range?: Range<V>): void {
-    // From the first range that ends at or after start to the last that begins at or before end: ranges that only
-    // touch are included, because they may merge.
+    // Ranges that only touch [start, end) are rewritten too, because they may merge: from the first that ends at or
+    // after start to the last that begins at or before end.
     const p = this.#seek(start - 1);
-    let q = this.#seek(end);
     const first = this.#rangeAtPosition(p);
+    let q = first && first.end > end ? p : this.#seek(end);
     const last = this.#rangeAtPosition(q);
     const pieces: Range<V>[] = [];
     let middle = range;
@@ -264,6 +277,7 @@ export class RangeMap<V> implements ReadonlyRangeMap<V> {
     } else {
       // What goes is removed before what comes is added: sums above 2^53 would be rounded.
       this.#spliceLeaf(b, 0, q % STRIDE, NOTHING);
+      this.#lastEnds.splice(a + 1, b - a - 1);
       for (const leaf of leaves.splice(a + 1, b - a - 1)) {
         this.#size -= leaf.count;
         this.#length -= leaf.length;
@@ -284,6 +298,7 @@ export class RangeMap<V> implements ReadonlyRangeMap<V> {
     leaf.splice(from, to, pieces);
     this.#size += leaf.count;
     this.#length += leaf.length;
+    this.#lastEnds[k] = leaf.lastEnd;
   }
 
   #splitIfFull(k: number): void {
@@ -293,38 +308,34 @@ export class RangeMap<V> implements ReadonlyRangeMap<V> {
     right.append(leaf, leaf.count >>> 1);
     leaf.splice(leaf.count >>> 1, leaf.count, NOTHING);
     this.#leaves.splice(k + 1, 0, right);
+    this.#lastEnds.splice(k, 1, leaf.lastEnd, right.lastEnd);
   }
 
-  /** Joins leaf k with the next one when one is empty or both would half fill a leaf, so leaves stay a quarter full on average. */
+  /** Two neighbours that fit in half a leaf become one, so leaves stay a quarter full on average and none is empty. */
   #joinIfSparse(k: number): void {
     const left = this.#leaves[k];
     const right = this.#leaves[k + 1];
-    if (!left || !right) return;
-    if (left.count && right.count && left.count + right.count > LEAF_MAX / 2) return;
+    if (!left || !right || (left.count && right.count && left.count + right.count > LEAF_MAX / 2)) return;
     left.append(right);
     this.#leaves.splice(k + 1, 1);
-  }
-
-  #leafAt(position: number): Leaf<V> {
-    return this.#leaves[leafOf(position)] as Leaf<V>;
+    this.#lastEnds.splice(k, 2, left.lastEnd);
   }
 
   /** Position of the first range that ends after `at`; behind the last range when none does. */
   #seek(at: number): number {
-    const leaves = this.#leaves;
+    const lastEnds = this.#lastEnds;
     let low = 0;
-    let high = leaves.length - 1;
+    let high = lastEnds.length - 1;
     while (low < high) {
       const middle = (low + high) >>> 1;
-      const leaf = leaves[middle] as Leaf<V>;
-      if ((leaf.ends[leaf.count - 1] as number) > at) high = middle;
+      if ((lastEnds[middle] as number) > at) high = middle;
       else low = middle + 1;
     }
-    return low * STRIDE + (leaves[low] as Leaf<V>).seek(at);
+    return low * STRIDE + (this.#leaves[low] as Leaf<V>).seek(at);
   }
 
   #rangeAtPosition(position: number): Range<V> | undefined {
-    const leaf = this.#leafAt(position);
+    const leaf = this.#leaves[leafOf(position)] as Leaf<V>;
     const i = position % STRIDE;
     return i < leaf.count ? leaf.range(i) : undefined;
   }
@@ -336,5 +347,5 @@ export class RangeMap<V> implements ReadonlyRangeMap<V> {
 }
 
 function leafOf(position: number): number {
-  return Math.floor(position / STRIDE);
+  return (position / STRIDE) | 0;
 }

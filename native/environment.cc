@@ -1,0 +1,191 @@
+#include "environment.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+namespace {
+
+// Runs once the backing store of a window is gone, on the thread of its environment.
+void FinalizeWindow(napi_env env, void*, void* hint) {
+  Window* window = static_cast<Window*>(hint);
+  Mapping* mapping = window->mapping;
+  if (window->buffer != nullptr) napi_delete_reference(env, window->buffer);
+  Window* last = mapping->windows.back();
+  mapping->windows[window->index] = last;
+  last->index = window->index;
+  mapping->windows.pop_back();
+  delete window;
+  Settle(mapping);
+}
+
+}  // namespace
+
+void Settle(Mapping* mapping) {
+  if (mapping->open || mapping->calls > 0) return;
+  bool reachable = false;
+  for (const Window* window : mapping->windows) reachable |= !window->detached;
+  if (reachable) {
+    // ArrayBuffer.prototype.transfer() has moved a window into an ArrayBuffer we do not know. It must not see the
+    // memory any more, but a touch must not be a signal either: zero pages take the place until the backing store is
+    // gone.
+    if (!mapping->blanked) {
+      mmap(mapping->address, mapping->length, PROT_READ | PROT_WRITE,
+           MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      mapping->blanked = true;
+    }
+    return;
+  }
+  if (mapping->mapped) {
+    munmap(mapping->address, mapping->length);
+    mapping->mapped = false;
+  }
+  if (mapping->windows.empty()) delete mapping;
+}
+
+Environment::Environment(napi_env env) : env_(env) {
+  void* words = nullptr;
+  napi_value buffer = nullptr;
+  napi_create_arraybuffer(env, Command::kWords * sizeof(uint64_t), &words, &buffer);
+  napi_create_reference(env, buffer, 1, &command_buffer_);
+  command_ = Command(static_cast<uint64_t*>(words));
+  napi_add_env_cleanup_hook(env, CleanUp, this);
+}
+
+napi_value Environment::CommandBuffer() const {
+  napi_value buffer = nullptr;
+  napi_get_reference_value(env_, command_buffer_, &buffer);
+  return buffer;
+}
+
+// The environment ends: a worker was terminated, or the process exits. What is still open goes now.
+void Environment::CleanUp(void* self) {
+  Environment& environment = *static_cast<Environment*>(self);
+  napi_handle_scope scope = nullptr;
+  napi_open_handle_scope(environment.env_, &scope);
+  for (size_t handle = 0; handle < environment.mappings_.size(); handle++) environment.RemoveMapping(handle);
+  napi_close_handle_scope(environment.env_, scope);
+  for (size_t fd = 0; fd < environment.fds_.size(); fd++) {
+    if (environment.fds_[fd]) close(static_cast<int>(fd));
+  }
+  environment.fds_.clear();
+  environment.DropPipe();
+}
+
+int64_t Environment::Own(int64_t fd) {
+  if (fd < 0) return fd;
+  const size_t index = static_cast<size_t>(fd);
+  if (index >= fds_.size()) fds_.resize(index + 1);
+  fds_[index] = true;
+  return fd;
+}
+
+bool Environment::Disown(int fd) {
+  const size_t index = static_cast<size_t>(fd);
+  if (fd < 0 || index >= fds_.size() || !fds_[index]) return false;
+  fds_[index] = false;
+  return true;
+}
+
+int64_t Environment::AddMapping(void* address, size_t length) {
+  Mapping* mapping = new Mapping;
+  mapping->address = static_cast<uint8_t*>(address);
+  mapping->length = length;
+  if (free_handles_.empty()) {
+    mappings_.push_back(mapping);
+    return static_cast<int64_t>(mappings_.size() - 1);
+  }
+  const uint32_t handle = free_handles_.back();
+  free_handles_.pop_back();
+  mappings_[handle] = mapping;
+  return handle;
+}
+
+uint8_t* Environment::Range(uint64_t handle, uint64_t offset, uint64_t length) const {
+  const Mapping* mapping = FindMapping(handle);
+  if (mapping == nullptr || offset > mapping->length || length > mapping->length - offset) return nullptr;
+  return mapping->address + offset;
+}
+
+int64_t Environment::RemoveMapping(uint64_t handle) {
+  Mapping* mapping = FindMapping(handle);
+  if (mapping == nullptr) return -ENOMEM;
+  mappings_[static_cast<size_t>(handle)] = nullptr;
+  free_handles_.push_back(static_cast<uint32_t>(handle));
+  for (Window* window : mapping->windows) Detach(window);
+  mapping->open = false;
+  Settle(mapping);
+  return 0;
+}
+
+int64_t Environment::CreateWindow(Mapping* mapping, uint8_t* data, size_t size, napi_value* result) {
+  // V8 gives an empty buffer no address, so there would be nothing to detach.
+  if (size == 0) return napi_create_arraybuffer(env_, 0, nullptr, result) == napi_ok ? 0 : -ENOMEM;
+
+  Window* window = new Window{mapping, nullptr, data, size, mapping->windows.size(), false};
+  mapping->windows.push_back(window);
+  const napi_status status = napi_create_external_arraybuffer(env_, data, size, FinalizeWindow, window, result);
+  if (status == napi_no_external_buffers_allowed) {
+    FinalizeWindow(env_, data, window);
+    return -EOPNOTSUPP;
+  }
+  if (status != napi_ok) {
+    // Longer than this Node's longest buffer. Node has run the finalizer, or will.
+    napi_value exception;
+    napi_get_and_clear_last_exception(env_, &exception);
+    return -EFBIG;
+  }
+  napi_create_reference(env_, *result, 0, &window->buffer);
+
+  // Node detaches every external buffer when the environment ends. Our hook has to come before, to see which of them
+  // had been moved away by then; hooks run last in, first out.
+  napi_remove_env_cleanup_hook(env_, CleanUp, this);
+  napi_add_env_cleanup_hook(env_, CleanUp, this);
+  return 0;
+}
+
+int64_t Environment::DetachWindow(napi_value buffer) {
+  bool is_arraybuffer = false;
+  void* data = nullptr;
+  size_t size = 0;
+  if (napi_is_arraybuffer(env_, buffer, &is_arraybuffer) != napi_ok || !is_arraybuffer) return -EINVAL;
+  if (napi_get_arraybuffer_info(env_, buffer, &data, &size) != napi_ok) return -EINVAL;
+  for (const Mapping* mapping : mappings_) {
+    if (mapping == nullptr || data < mapping->address || data >= mapping->address + mapping->length) continue;
+    for (Window* window : mapping->windows) {
+      if (window->detached || window->data != data || window->size != size) continue;
+      napi_value candidate = nullptr;
+      bool same = false;
+      napi_get_reference_value(env_, window->buffer, &candidate);
+      if (candidate == nullptr || napi_strict_equals(env_, candidate, buffer, &same) != napi_ok || !same) continue;
+      Detach(window);
+      return 0;
+    }
+  }
+  return -EINVAL;
+}
+
+// Sets `detached` only if it was us: a buffer that is detached already, or collected, may have given its memory to
+// another.
+void Environment::Detach(Window* window) {
+  if (window->detached) return;
+  napi_value buffer = nullptr;
+  bool already = true;
+  if (napi_get_reference_value(env_, window->buffer, &buffer) != napi_ok || buffer == nullptr) return;
+  if (napi_is_detached_arraybuffer(env_, buffer, &already) != napi_ok || already) return;
+  window->detached = napi_detach_arraybuffer(env_, buffer) == napi_ok;
+}
+
+int64_t Environment::Pipe(int ends[2]) {
+  if (pipe_[0] < 0 && pipe2(pipe_, O_CLOEXEC | O_NONBLOCK) < 0) return -errno;
+  ends[0] = pipe_[0];
+  ends[1] = pipe_[1];
+  return 0;
+}
+
+void Environment::DropPipe() {
+  for (int& end : pipe_) {
+    if (end >= 0) close(end);
+    end = -1;
+  }
+}

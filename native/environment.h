@@ -1,0 +1,95 @@
+// What one JavaScript environment (the main thread, or a worker) owns: its command buffer, file descriptors and
+// mappings.
+
+#pragma once
+
+#include <node_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "command.h"
+
+// The bytes of a Uint8Array argument.
+struct Bytes {
+  uint8_t* data = nullptr;
+  size_t size = 0;
+};
+
+// The same, or nothing for null.
+struct OptionalBytes : Bytes {};
+
+struct Mapping;
+
+// An ArrayBuffer over a part of a mapping, from its creation to the finalizer of its backing store.
+struct Window {
+  Mapping* mapping;
+  napi_ref buffer;  // weak
+  uint8_t* data;
+  size_t size;
+  size_t index;   // in mapping->windows
+  bool detached;  // by us, hence out of reach of JavaScript
+};
+
+// Memory mapped by mmap(2). It outlives its handle while a call on another thread uses it or JavaScript may still reach
+// it.
+struct Mapping {
+  uint8_t* address;
+  size_t length;  // whole pages
+  bool open = true;
+  bool mapped = true;
+  bool blanked = false;
+  uint32_t calls = 0;
+  std::vector<Window*> windows;
+};
+
+// Ends a call or a window of a mapping: unmaps and deletes it if that was the last thing that held it.
+void Settle(Mapping* mapping);
+
+class Environment {
+ public:
+  explicit Environment(napi_env env);
+  Environment(const Environment&) = delete;
+  Environment& operator=(const Environment&) = delete;
+
+  napi_env env() const { return env_; }
+  const Command& command() const { return command_; }
+  napi_value CommandBuffer() const;
+
+  // Records a new file descriptor, if it is one; the result of the call that opened it, ≥ 0 or -errno.
+  int64_t Own(int64_t fd);
+  // Forgets a file descriptor; false if it is not one of ours.
+  bool Disown(int fd);
+
+  int64_t AddMapping(void* address, size_t length);
+  // Null for a handle that is not in use.
+  Mapping* FindMapping(uint64_t handle) const {
+    return handle < mappings_.size() ? mappings_[static_cast<size_t>(handle)] : nullptr;
+  }
+  // The address of a range of a mapping; null if the range leaves the mapping, or if there is no such mapping.
+  uint8_t* Range(uint64_t handle, uint64_t offset, uint64_t length) const;
+  int64_t RemoveMapping(uint64_t handle);
+
+  // Bytes of a mapping as an ArrayBuffer, detached with the mapping; 0 or -errno.
+  int64_t CreateWindow(Mapping* mapping, uint8_t* data, size_t size, napi_value* result);
+  // Detaches an ArrayBuffer made by CreateWindow; 0 or -errno.
+  int64_t DetachWindow(napi_value buffer);
+
+  // A pipe of this environment for copies, empty; 0 or -errno.
+  int64_t Pipe(int ends[2]);
+  // Closes the pipe with whatever is in it.
+  void DropPipe();
+
+ private:
+  static void CleanUp(void* self);
+  void Detach(Window* window);
+
+  napi_env env_;
+  Command command_;
+  napi_ref command_buffer_ = nullptr;
+  std::vector<bool> fds_;
+  std::vector<Mapping*> mappings_;
+  std::vector<uint32_t> free_handles_;
+  int pipe_[2] = {-1, -1};
+};

@@ -1,0 +1,182 @@
+// The Linux ABI the addon needs, in our own definitions: distributions ship older headers than the kernels they run on.
+
+#pragma once
+
+#include <sys/syscall.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace uapi {
+
+// _IO, _IOW, _IOR and _IOWR of asm-generic/ioctl.h, which x86-64 and arm64 share.
+enum : uint32_t { kNone = 0, kWrite = 1, kRead = 2 };
+template <typename Argument>
+constexpr uint32_t Request(uint32_t direction, uint32_t type, uint32_t number) {
+  return direction << 30 | static_cast<uint32_t>(sizeof(Argument)) << 16 | type << 8 | number;
+}
+constexpr uint32_t kKvm = 0xae;
+constexpr uint32_t kUserfaultfd = 0xaa;
+
+struct UserspaceMemoryRegion {
+  uint32_t slot;
+  uint32_t flags;
+  uint64_t guest_phys_addr;
+  uint64_t memory_size;
+  uint64_t userspace_addr;
+};
+static_assert(sizeof(UserspaceMemoryRegion) == 32);
+static_assert(offsetof(UserspaceMemoryRegion, slot) == 0 && offsetof(UserspaceMemoryRegion, flags) == 4);
+static_assert(offsetof(UserspaceMemoryRegion, guest_phys_addr) == 8);
+static_assert(offsetof(UserspaceMemoryRegion, memory_size) == 16);
+static_assert(offsetof(UserspaceMemoryRegion, userspace_addr) == 24);
+
+struct UserspaceMemoryRegion2 {
+  uint32_t slot;
+  uint32_t flags;
+  uint64_t guest_phys_addr;
+  uint64_t memory_size;
+  uint64_t userspace_addr;
+  uint64_t guest_memfd_offset;
+  uint32_t guest_memfd;
+  uint32_t pad1;
+  uint64_t pad2[14];
+};
+static_assert(sizeof(UserspaceMemoryRegion2) == 160);
+static_assert(offsetof(UserspaceMemoryRegion2, slot) == 0 && offsetof(UserspaceMemoryRegion2, flags) == 4);
+static_assert(offsetof(UserspaceMemoryRegion2, guest_phys_addr) == 8);
+static_assert(offsetof(UserspaceMemoryRegion2, memory_size) == 16);
+static_assert(offsetof(UserspaceMemoryRegion2, userspace_addr) == 24);
+static_assert(offsetof(UserspaceMemoryRegion2, guest_memfd_offset) == 32);
+static_assert(offsetof(UserspaceMemoryRegion2, guest_memfd) == 40);
+static_assert(offsetof(UserspaceMemoryRegion2, pad1) == 44 && offsetof(UserspaceMemoryRegion2, pad2) == 48);
+
+struct CreateGuestMemfd {
+  uint64_t size;
+  uint64_t flags;
+  uint64_t reserved[6];
+};
+static_assert(sizeof(CreateGuestMemfd) == 64);
+static_assert(offsetof(CreateGuestMemfd, size) == 0 && offsetof(CreateGuestMemfd, flags) == 8);
+static_assert(offsetof(CreateGuestMemfd, reserved) == 16);
+
+struct MemoryAttributes {
+  uint64_t address;
+  uint64_t size;
+  uint64_t attributes;
+  uint64_t flags;
+};
+static_assert(sizeof(MemoryAttributes) == 32);
+static_assert(offsetof(MemoryAttributes, address) == 0 && offsetof(MemoryAttributes, size) == 8);
+static_assert(offsetof(MemoryAttributes, attributes) == 16 && offsetof(MemoryAttributes, flags) == 24);
+
+struct DirtyLog {
+  uint32_t slot;
+  uint32_t padding1;
+  uint64_t dirty_bitmap;
+};
+static_assert(sizeof(DirtyLog) == 16);
+static_assert(offsetof(DirtyLog, slot) == 0 && offsetof(DirtyLog, padding1) == 4);
+static_assert(offsetof(DirtyLog, dirty_bitmap) == 8);
+
+struct ClearDirtyLog {
+  uint32_t slot;
+  uint32_t num_pages;
+  uint64_t first_page;
+  uint64_t dirty_bitmap;
+};
+static_assert(sizeof(ClearDirtyLog) == 24);
+static_assert(offsetof(ClearDirtyLog, slot) == 0 && offsetof(ClearDirtyLog, num_pages) == 4);
+static_assert(offsetof(ClearDirtyLog, first_page) == 8 && offsetof(ClearDirtyLog, dirty_bitmap) == 16);
+
+struct EnableCap {
+  uint32_t cap;
+  uint32_t flags;
+  uint64_t args[4];
+  uint8_t pad[64];
+};
+static_assert(sizeof(EnableCap) == 104);
+static_assert(offsetof(EnableCap, cap) == 0 && offsetof(EnableCap, flags) == 4);
+static_assert(offsetof(EnableCap, args) == 8 && offsetof(EnableCap, pad) == 40);
+
+constexpr uint32_t kCreateVm = kKvm << 8 | 0x01;
+constexpr uint32_t kSetUserMemoryRegion = Request<UserspaceMemoryRegion>(kWrite, kKvm, 0x46);
+constexpr uint32_t kSetUserMemoryRegion2 = Request<UserspaceMemoryRegion2>(kWrite, kKvm, 0x49);
+constexpr uint32_t kGetDirtyLog = Request<DirtyLog>(kWrite, kKvm, 0x42);
+constexpr uint32_t kClearDirtyLog = Request<ClearDirtyLog>(kWrite | kRead, kKvm, 0xc0);
+constexpr uint32_t kEnableCap = Request<EnableCap>(kWrite, kKvm, 0xa3);
+constexpr uint32_t kSetMemoryAttributes = Request<MemoryAttributes>(kWrite, kKvm, 0xd2);
+constexpr uint32_t kCreateGuestMemfd = Request<CreateGuestMemfd>(kWrite | kRead, kKvm, 0xd4);
+static_assert(kCreateVm == 0xae01);
+static_assert(kSetUserMemoryRegion == 0x4020ae46);
+static_assert(kSetUserMemoryRegion2 == 0x40a0ae49);
+static_assert(kGetDirtyLog == 0x4010ae42);
+static_assert(kClearDirtyLog == 0xc018aec0);
+static_assert(kEnableCap == 0x4068aea3);
+static_assert(kSetMemoryAttributes == 0x4020aed2);
+static_assert(kCreateGuestMemfd == 0xc040aed4);
+
+struct UffdioApi {
+  uint64_t api;
+  uint64_t features;
+  uint64_t ioctls;
+};
+static_assert(sizeof(UffdioApi) == 24);
+static_assert(offsetof(UffdioApi, features) == 8 && offsetof(UffdioApi, ioctls) == 16);
+
+struct UffdioRegister {
+  uint64_t start;
+  uint64_t len;
+  uint64_t mode;
+  uint64_t ioctls;
+};
+static_assert(sizeof(UffdioRegister) == 32);
+static_assert(offsetof(UffdioRegister, len) == 8 && offsetof(UffdioRegister, mode) == 16);
+
+constexpr uint64_t kUffdApiVersion = 0xaa;
+constexpr uint32_t kUffdioApi = Request<UffdioApi>(kWrite | kRead, kUserfaultfd, 0x3f);
+constexpr uint32_t kUffdioRegister = Request<UffdioRegister>(kWrite | kRead, kUserfaultfd, 0x00);
+static_assert(kUffdioApi == 0xc018aa3f);
+static_assert(kUffdioRegister == 0xc020aa00);
+
+struct CachestatRange {
+  uint64_t off;
+  uint64_t len;
+};
+struct Cachestat {
+  uint64_t nr_cache;
+  uint64_t nr_dirty;
+  uint64_t nr_writeback;
+  uint64_t nr_evicted;
+  uint64_t nr_recently_evicted;
+};
+static_assert(sizeof(CachestatRange) == 16 && sizeof(Cachestat) == 40);
+
+// MPOL_F_ADDR of get_mempolicy(2).
+constexpr unsigned long kPolicyOfAddress = 1 << 1;
+
+// HUGETLBFS_MAGIC and MAP_HUGE_SHIFT.
+constexpr int64_t kHugetlbfs = 0x958458f6;
+constexpr int kHugeShift = 26;
+constexpr uint32_t kHugeMask = 0x3f;
+
+// System calls by number: cachestat is newer than the headers, the others have no wrapper in the oldest glibc we load
+// on.
+constexpr long kSysCachestat = 451;
+#if defined(__x86_64__)
+constexpr long kSysMbind = 237;
+constexpr long kSysGetMempolicy = 239;
+constexpr long kSysMemfdCreate = 319;
+constexpr long kSysUserfaultfd = 323;
+#elif defined(__aarch64__)
+constexpr long kSysMbind = 235;
+constexpr long kSysGetMempolicy = 236;
+constexpr long kSysMemfdCreate = 279;
+constexpr long kSysUserfaultfd = 282;
+#else
+#error "guest_memfd exists on x86-64 and arm64"
+#endif
+static_assert(kSysMbind == SYS_mbind && kSysGetMempolicy == SYS_get_mempolicy);
+static_assert(kSysMemfdCreate == SYS_memfd_create && kSysUserfaultfd == SYS_userfaultfd);
+
+}  // namespace uapi

@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 
@@ -24,6 +23,3 @@ class Command {
  private:
   uint64_t* words_ = nullptr;
 };
-
-// What a wrapper of the C library returned, as ≥ 0 or -errno.
-inline int64_t ReturnErrno(int64_t result) { return result < 0 ? -errno : result; }

@@ -5,6 +5,7 @@
 
 #include <node_api.h>
 
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <vector>

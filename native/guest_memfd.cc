@@ -4,14 +4,25 @@
 #include <sys/ioctl.h>
 
 #include "calls.h"
+#include "syscall.h"
 #include "uapi.h"
+
+namespace {
 
 // KVM_CREATE_GUEST_MEMFD. command: [vm, size, flags]
 int64_t CreateGuestMemfd(Environment& environment) {
   const Command& command = environment.command();
   uapi::CreateGuestMemfd args = {command.u64(1), command.u64(2), {}};
-  const int64_t fd = environment.Own(ReturnErrno(ioctl(command.i32(0), uapi::kCreateGuestMemfd, &args)));
+  const int64_t fd = environment.Own(Syscall(SYS_ioctl, command.i32(0), uapi::kCreateGuestMemfd, &args));
   // KVM has no flag for it, unlike for every other fd it makes.
   if (fd >= 0) fcntl(static_cast<int>(fd), F_SETFD, FD_CLOEXEC);
   return fd;
 }
+
+constexpr Function kTable[] = {
+    {"createGuestMemfd", Invoke<CreateGuestMemfd>},
+};
+
+}  // namespace
+
+const Functions kGuestMemfd = kTable;

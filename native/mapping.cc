@@ -11,6 +11,7 @@
 #include "calls.h"
 #include "copy.h"
 #include "job.h"
+#include "syscall.h"
 #include "uapi.h"
 
 namespace {
@@ -21,7 +22,7 @@ int64_t OnRange(Environment& environment, Call call) {
   const Command& command = environment.command();
   const uint64_t length = command.u64(2);
   uint8_t* address = environment.Range(command.u64(0), command.u64(1), length);
-  return address == nullptr ? -ENOMEM : ReturnErrno(call(address, static_cast<size_t>(length)));
+  return address == nullptr ? -ENOMEM : call(address, length);
 }
 
 size_t HugePageSize(int fd) {
@@ -37,7 +38,7 @@ size_t PageSizeOf(int flags, int fd) {
   if ((flags & MAP_HUGETLB) == 0) return page;
   const uint32_t shift = static_cast<uint32_t>(flags) >> uapi::kHugeShift & uapi::kHugeMask;
   if (shift != 0) return size_t{1} << shift;
-  const int probe = static_cast<int>(syscall(uapi::kSysMemfdCreate, "", MFD_HUGETLB | MFD_CLOEXEC));
+  const int probe = static_cast<int>(Syscall(uapi::kSysMemfdCreate, "", MFD_HUGETLB | MFD_CLOEXEC));
   if (probe < 0) return page;
   const size_t huge = HugePageSize(probe);
   close(probe);
@@ -53,8 +54,6 @@ uint8_t* Clip(Environment& environment, Bytes* bytes) {
   bytes->size = std::min(bytes->size, static_cast<size_t>(mapping->length - offset));
   return mapping->address + offset;
 }
-
-}  // namespace
 
 // mmap(2); the result is a handle. command: [length, prot, flags, fd, offset]. There is no word for an address, so
 // MAP_FIXED would mean address 0 and everything above it: EINVAL.
@@ -82,36 +81,39 @@ int64_t Address(Environment& environment) {
 // mprotect(2). command: [mapping, offset, length, prot]
 int64_t Mprotect(Environment& environment) {
   const int prot = environment.command().i32(3);
-  return OnRange(environment, [=](void* address, size_t length) { return mprotect(address, length, prot); });
+  return OnRange(environment,
+                 [=](void* address, uint64_t length) { return Syscall(SYS_mprotect, address, length, prot); });
 }
 
 // madvise(2). command: [mapping, offset, length, advice]
 int64_t Madvise(Environment& environment) {
   const int advice = environment.command().i32(3);
-  return OnRange(environment, [=](void* address, size_t length) { return madvise(address, length, advice); });
+  return OnRange(environment,
+                 [=](void* address, uint64_t length) { return Syscall(SYS_madvise, address, length, advice); });
 }
 
 // The same on a thread of its own.
 napi_value MadviseAsync(Environment& environment) {
   return StartOnRange(environment, [](const Job& job) {
-    return ReturnErrno(madvise(reinterpret_cast<void*>(job.words[0]), job.words[1], static_cast<int>(job.words[2])));
+    return Syscall(SYS_madvise, job.words[0], job.words[1], static_cast<int>(job.words[2]));
   });
 }
 
 // mlock(2). command: [mapping, offset, length]
 int64_t Mlock(Environment& environment) {
-  return OnRange(environment, [](void* address, size_t length) { return mlock(address, length); });
+  return OnRange(environment, [](void* address, uint64_t length) { return Syscall(SYS_mlock, address, length); });
 }
 
 // munlock(2). command: [mapping, offset, length]
 int64_t Munlock(Environment& environment) {
-  return OnRange(environment, [](void* address, size_t length) { return munlock(address, length); });
+  return OnRange(environment, [](void* address, uint64_t length) { return Syscall(SYS_munlock, address, length); });
 }
 
 // msync(2). command: [mapping, offset, length, flags]
 int64_t Msync(Environment& environment) {
   const int flags = environment.command().i32(3);
-  return OnRange(environment, [=](void* address, size_t length) { return msync(address, length, flags); });
+  return OnRange(environment,
+                 [=](void* address, uint64_t length) { return Syscall(SYS_msync, address, length, flags); });
 }
 
 // mbind(2) without flags. command: [mapping, offset, length, policy, maxnode, mask…]; the mask is NULL when maxnode is
@@ -125,8 +127,8 @@ int64_t Mbind(Environment& environment) {
   if (maxnode > kBits) return -EINVAL;
   uint64_t mask[Command::kWords - kFirst];
   for (size_t index = 0; index < Command::kWords - kFirst; index++) mask[index] = command.u64(kFirst + index);
-  return OnRange(environment, [&](void* address, size_t length) {
-    return syscall(uapi::kSysMbind, address, length, policy, maxnode == 0 ? nullptr : mask, maxnode, 0);
+  return OnRange(environment, [&](void* address, uint64_t length) {
+    return Syscall(uapi::kSysMbind, address, length, policy, maxnode == 0 ? nullptr : mask, maxnode, 0);
   });
 }
 
@@ -136,27 +138,28 @@ int64_t GetMempolicy(Environment& environment) {
   uint8_t* address = environment.Range(command.u64(0), command.u64(1), 1);
   if (address == nullptr) return -ENOMEM;
   int policy = 0;
-  const long result = syscall(uapi::kSysGetMempolicy, &policy, nullptr, 0, address, uapi::kPolicyOfAddress);
-  return result < 0 ? -errno : policy;
+  const int64_t result = Syscall(uapi::kSysGetMempolicy, &policy, nullptr, 0, address, uapi::kPolicyOfAddress);
+  return result < 0 ? result : policy;
 }
 
 // mincore(2). command: [mapping, offset, length]. A residency array that is too short is passed on as NULL.
 int64_t Mincore(Environment& environment, Bytes residency) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return OnRange(environment, [=](void* address, size_t length) {
-    return mincore(address, length, residency.size < (length + page - 1) / page ? nullptr : residency.data);
+  return OnRange(environment, [=](void* address, uint64_t length) {
+    return Syscall(SYS_mincore, address, length,
+                   residency.size < (length + page - 1) / page ? nullptr : residency.data);
   });
 }
 
 // userfaultfd(2). command: [flags]
 int64_t Userfaultfd(Environment& environment) {
-  return environment.Own(ReturnErrno(syscall(uapi::kSysUserfaultfd, environment.command().i32(0))));
+  return environment.Own(Syscall(uapi::kSysUserfaultfd, environment.command().i32(0)));
 }
 
 // UFFDIO_API. command: [uffd, features]
 int64_t UffdioApi(const Command& command) {
   uapi::UffdioApi args = {uapi::kUffdApiVersion, command.u64(1), 0};
-  return ReturnErrno(ioctl(command.i32(0), uapi::kUffdioApi, &args));
+  return Syscall(SYS_ioctl, command.i32(0), uapi::kUffdioApi, &args);
 }
 
 // UFFDIO_REGISTER. command: [uffd, mapping, offset, length, mode]
@@ -165,7 +168,7 @@ int64_t UffdioRegister(Environment& environment) {
   uint8_t* address = environment.Range(command.u64(1), command.u64(2), command.u64(3));
   if (address == nullptr) return -ENOMEM;
   uapi::UffdioRegister args = {reinterpret_cast<uintptr_t>(address), command.u64(3), command.u64(4), 0};
-  return ReturnErrno(ioctl(command.i32(0), uapi::kUffdioRegister, &args));
+  return Syscall(SYS_ioctl, command.i32(0), uapi::kUffdioRegister, &args);
 }
 
 // A guarded copy out of a mapping, up to its end; bytes copied, or EFAULT. command: [mapping, offset]
@@ -199,3 +202,29 @@ int64_t DetachWindow(Environment& environment, napi_value buffer) { return envir
 
 // munmap(2); detaches the windows first. command: [mapping]
 int64_t Munmap(Environment& environment) { return environment.RemoveMapping(environment.command().u64(0)); }
+
+constexpr Function kTable[] = {
+    {"mmap", Invoke<Mmap>},
+    {"address", Invoke<Address>},
+    {"mprotect", Invoke<Mprotect>},
+    {"madvise", Invoke<Madvise>},
+    {"madviseAsync", Invoke<MadviseAsync>},
+    {"mlock", Invoke<Mlock>},
+    {"munlock", Invoke<Munlock>},
+    {"msync", Invoke<Msync>},
+    {"mbind", Invoke<Mbind>},
+    {"getMempolicy", Invoke<GetMempolicy>},
+    {"mincore", Invoke<Mincore>},
+    {"userfaultfd", Invoke<Userfaultfd>},
+    {"uffdioApi", Invoke<UffdioApi>},
+    {"uffdioRegister", Invoke<UffdioRegister>},
+    {"peek", Invoke<Peek>},
+    {"poke", Invoke<Poke>},
+    {"window", Invoke<CreateWindow>},
+    {"detach", Invoke<DetachWindow>},
+    {"munmap", Invoke<Munmap>},
+};
+
+}  // namespace
+
+const Functions kMapping = kTable;

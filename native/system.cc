@@ -4,19 +4,32 @@
 #include <sys/ioctl.h>
 
 #include "calls.h"
+#include "syscall.h"
 #include "uapi.h"
 
+namespace {
+
 // ioctl(2). command: [fd, request, argument]
-int64_t Ioctl(const Command& command) { return ReturnErrno(ioctl(command.i32(0), command.u32(1), command.u64(2))); }
+int64_t Ioctl(const Command& command) { return Syscall(SYS_ioctl, command.i32(0), command.u32(1), command.u64(2)); }
 
 // open(2). command: [flags, mode]
 int64_t Open(Environment& environment, const char* path) {
   const Command& command = environment.command();
-  return environment.Own(ReturnErrno(open(path, command.i32(0), command.u32(1))));
+  return environment.Own(Syscall(SYS_openat, AT_FDCWD, path, command.i32(0), command.u32(1)));
 }
 
 // KVM_CREATE_VM. command: [kvm, type]
 int64_t CreateVm(Environment& environment) {
   const Command& command = environment.command();
-  return environment.Own(ReturnErrno(ioctl(command.i32(0), uapi::kCreateVm, command.u64(1))));
+  return environment.Own(Syscall(SYS_ioctl, command.i32(0), uapi::kCreateVm, command.u64(1)));
 }
+
+constexpr Function kTable[] = {
+    {"ioctl", Invoke<Ioctl>},
+    {"open", Invoke<Open>},
+    {"createVm", Invoke<CreateVm>},
+};
+
+}  // namespace
+
+const Functions kSystem = kTable;

@@ -4,7 +4,7 @@
 import { spawnSync } from 'node:child_process';
 import { accessSync, chmodSync, constants, existsSync, readdirSync, statSync } from 'node:fs';
 import { createRequire } from 'node:module';
-import { delimiter, join } from 'node:path';
+import { delimiter, dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { machineOf, machines } from './elf.mjs';
 
@@ -43,7 +43,11 @@ function buildAddon() {
     return true;
   }
   const gyp = require.resolve('node-gyp/bin/node-gyp.js');
-  const build = spawnSync(process.execPath, [gyp, 'rebuild'], { cwd: root, encoding: 'utf8', maxBuffer: 1 << 28 });
+  const build = spawnSync(process.execPath, [gyp, 'rebuild', ...localHeaders()], {
+    cwd: root,
+    encoding: 'utf8',
+    maxBuffer: 1 << 28,
+  });
   if (build.status === 0) {
     console.log('addon: built');
     return true;
@@ -51,6 +55,13 @@ function buildAddon() {
   process.stderr.write(`${build.stdout ?? ''}${build.stderr ?? ''}`);
   console.error('addon: the build failed, see above');
   return false;
+}
+
+/** The headers installed with this Node, if they are: nothing needs to be downloaded then. npm's own `nodedir` goes first. */
+function localHeaders() {
+  const prefix = join(dirname(process.execPath), '..');
+  const local = existsSync(join(prefix, 'include/node/node_api.h'));
+  return local && process.env.npm_config_nodedir === undefined ? [`--nodedir=${prefix}`] : [];
 }
 
 function buildTypeScript() {

@@ -50,6 +50,7 @@ export interface Addon {
   epollCreate1(): number; // [flags]
   epollCtl(): number; // [epoll, op, fd, events]
   dup(): number; // [fd]; F_DUPFD_CLOEXEC
+  adopt(): number; // [fd]; close-on-exec from now on
   close(): number; // [fd]; EBADF unless a function here opened it on this thread
 
   // ── mappings: a handle that is not in use, or a range that leaves its mapping, is ENOMEM (EFAULT for peek and poke)

@@ -1,0 +1,160 @@
+import type { Arch, ModelOptions } from '../model_options.ts';
+import { kernelVersions } from '../model_options.ts';
+import { GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CAP } from '../uapi.ts';
+
+/** The kernel and the hardware a rule is about: which build, which version, which limits. Contract §3, §4, §19. */
+export class Machine {
+  readonly arch: Arch;
+  readonly release: string;
+  readonly pageSize: number;
+  /** SW_PROTECTED VMs and the attributes ioctl are there. */
+  readonly swProtected: boolean;
+  readonly tdp: boolean;
+  readonly pkvm: boolean;
+  readonly #version: number;
+
+  constructor(options: {
+    arch: Arch;
+    release: string;
+    pageSize: number;
+    swProtected: boolean;
+    tdp: boolean;
+    pkvm: boolean;
+  }) {
+    this.arch = options.arch;
+    this.release = options.release;
+    this.pageSize = options.pageSize;
+    this.swProtected = options.swProtected;
+    this.tdp = options.tdp;
+    this.pkvm = options.pkvm;
+    this.#version = versionNumber(options.release);
+  }
+
+  static model(options: ModelOptions = {}): Machine {
+    const {
+      arch = 'x86_64',
+      kernel = '7.3',
+      pageSize = 4096,
+      pkvm = false,
+      tdp = true,
+      swProtected = tdp && arch === 'x86_64',
+    } = options;
+    const pageSizes = arch === 'x86_64' ? [4096] : [4096, 16384, 65536];
+    const refuse = (what: string): never => {
+      throw Object.assign(new RangeError(`software kernel: ${what}`), { code: 'ERR_OUT_OF_RANGE' });
+    };
+    if (arch !== 'x86_64' && arch !== 'aarch64') refuse(`arch is 'x86_64' or 'aarch64', not ${JSON.stringify(arch)}`);
+    if (!kernelVersions.includes(kernel))
+      refuse(`kernel is one of ${kernelVersions.join(', ')}, not ${JSON.stringify(kernel)}`);
+    if (!pageSizes.includes(pageSize))
+      refuse(`pageSize on ${arch} is one of ${pageSizes.join(', ')}, not ${JSON.stringify(pageSize)}`);
+    if (swProtected && arch !== 'x86_64') refuse('SW_PROTECTED VMs exist on x86_64 only');
+    if (swProtected && !tdp) refuse('SW_PROTECTED VMs need hardware paging (tdp)');
+    if (pkvm && arch !== 'aarch64') refuse('pKVM exists on aarch64 only');
+    return new Machine({ arch, release: kernel, pageSize, swProtected, tdp, pkvm });
+  }
+
+  since(version: string): boolean {
+    return this.#version >= versionNumber(version);
+  }
+
+  get isArm(): boolean {
+    return this.arch === 'aarch64';
+  }
+
+  /** CONFIG_KVM_GUEST_MEMFD: before 6.18 it came with private memory only. */
+  get hasGuestMemfd(): boolean {
+    return this.since('6.18') || this.swProtected;
+  }
+
+  /** KVM_USER_MEM_SLOTS */
+  get userSlots(): number {
+    return this.isArm ? 32767 : 32764;
+  }
+
+  /** x86: one bit per VM type that can be created. */
+  get vmTypes(): number {
+    return this.swProtected ? 0b11 : 0b1;
+  }
+
+  /** arm64: the widest intermediate physical address a VM may ask for, in bits. */
+  get ipaLimit(): number {
+    return 52;
+  }
+
+  /** x86: bits of guest physical address a memslot may use: the host's MAXPHYADDR with TDP, the architecture's 52 without. */
+  get physicalAddressBits(): number {
+    return this.tdp ? 46 : 52;
+  }
+
+  /** End of the user half of the address space: 4-level paging on x86, 48 bits on arm64. */
+  get taskSize(): bigint {
+    return this.isArm ? 1n << 48n : (1n << 47n) - 4096n;
+  }
+}
+
+function versionNumber(release: string): number {
+  const [major = 0, minor = 0] = release.split('.', 2).map((part) => Number.parseInt(part, 10));
+  return major * 1000 + minor;
+}
+
+/** What a capability depends on besides the machine: undefined for /dev/kvm. */
+export interface VmKind {
+  readonly hasPrivate: boolean;
+  readonly addressSpaces: number;
+  readonly isProtected: boolean;
+}
+
+/** KVM_CHECK_EXTENSION. Contract §4. */
+export function checkExtension(machine: Machine, capability: number, vm?: VmKind): number {
+  const { isArm } = machine;
+  const x86 = (value: number): number => (isArm ? 0 : value);
+  switch (capability) {
+    case KVM_CAP.USER_MEMORY:
+    case KVM_CAP.SYNC_MMU:
+    case KVM_CAP.CHECK_EXTENSION_VM:
+    case KVM_CAP.USER_MEMORY2:
+      return 1;
+    case KVM_CAP.NR_MEMSLOTS:
+      return machine.userSlots;
+    case KVM_CAP.READONLY_MEM:
+      return vm?.isProtected ? 0 : 1;
+    case KVM_CAP.MULTI_ADDRESS_SPACE:
+      return x86(vm?.addressSpaces ?? 2);
+    case KVM_CAP.ARM_VM_IPA_SIZE:
+      return isArm ? machine.ipaLimit : 0;
+    case KVM_CAP.MANUAL_DIRTY_LOG_PROTECT2:
+      return 3;
+    case KVM_CAP.DIRTY_LOG_RING:
+      return x86(1 << 20);
+    case KVM_CAP.DIRTY_LOG_RING_ACQ_REL:
+      return 1 << 20;
+    case KVM_CAP.DIRTY_LOG_RING_WITH_BITMAP:
+      return isArm ? 1 : 0;
+    case KVM_CAP.EXIT_HYPERCALL:
+      return x86(0x1000);
+    case KVM_CAP.MEMORY_FAULT_INFO:
+      return x86(1);
+    case KVM_CAP.MEMORY_ATTRIBUTES:
+      return supportedAttributes(machine, vm);
+    case KVM_CAP.GUEST_MEMFD:
+      return machine.since('6.18') || (machine.hasGuestMemfd && (vm?.hasPrivate ?? true)) ? 1 : 0;
+    case KVM_CAP.VM_TYPES:
+      return x86(machine.vmTypes);
+    case KVM_CAP.PRE_FAULT_MEMORY:
+      return x86(machine.since('6.11') && machine.tdp ? 1 : 0);
+    case KVM_CAP.GUEST_MEMFD_FLAGS:
+      return guestMemfdFlags(machine, vm);
+    default:
+      return 0;
+  }
+}
+
+export function supportedAttributes(machine: Machine, vm?: VmKind): number {
+  return machine.swProtected && (vm?.hasPrivate ?? true) ? 8 : 0;
+}
+
+export function guestMemfdFlags(machine: Machine, vm?: VmKind): number {
+  if (!machine.since('6.18')) return 0;
+  return vm?.hasPrivate ? GUEST_MEMFD_FLAG_MMAP : GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED;
+}

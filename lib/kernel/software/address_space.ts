@@ -1,0 +1,352 @@
+import { RangeMap } from '../../ranges.ts';
+import {
+  ERRNO,
+  MADV_COLLAPSE,
+  MADV_DONTNEED,
+  MADV_DONTNEED_LOCKED,
+  MADV_FREE,
+  MADV_GUARD_INSTALL,
+  MADV_GUARD_REMOVE,
+  MADV_NORMAL,
+  MADV_POPULATE_READ,
+  MADV_POPULATE_WRITE,
+  MADV_REMOVE,
+  MADV_WIPEONFORK,
+  MPOL_BIND,
+  MPOL_DEFAULT,
+  MPOL_INTERLEAVE,
+  MPOL_LOCAL,
+  MPOL_PREFERRED,
+  PROT_EXEC,
+  PROT_READ,
+  PROT_WRITE,
+} from '../../uapi.ts';
+import type { Result } from '../kernel.ts';
+import type { Machine } from '../machine.ts';
+import type { MemoryFile } from './memory_file.ts';
+import { PageStore } from './page_store.ts';
+import { SoftwareGuestMemfd } from './software_files.ts';
+
+export type MappedFile = MemoryFile | SoftwareGuestMemfd;
+
+/** Units: pages of the mapping, unless a name or a comment says bytes. */
+export class Mapping {
+  readonly address: bigint;
+  readonly pages: number;
+  readonly shared: boolean;
+  readonly file: MappedFile | null;
+  /** Page of the file, or of the store, where the mapping starts. */
+  readonly pgoff: number;
+  /** Where its bytes are: the file's own, or a private copy of what was written. */
+  readonly store: PageStore;
+  readonly protection = new RangeMap<number>();
+  readonly guards = new RangeMap<true>();
+  readonly locked = new RangeMap<true>();
+  readonly policy = new RangeMap<number>();
+  /** Bytes of the store that somebody has a view on through this mapping. */
+  readonly windows = new RangeMap<true>();
+
+  constructor(
+    address: bigint,
+    pages: number,
+    shared: boolean,
+    file: MappedFile | null,
+    pgoff: number,
+    pageSize: number,
+    prot: number,
+  ) {
+    this.address = address;
+    this.pages = pages;
+    this.shared = shared;
+    this.file = file;
+    this.pgoff = pgoff;
+    this.store = shared && file ? file.store : new PageStore(pageSize, () => (pgoff + pages) * pageSize);
+    this.protection.set(0, pages, prot);
+    file?.hold();
+  }
+
+  get gmem(): SoftwareGuestMemfd | null {
+    return this.file instanceof SoftwareGuestMemfd ? this.file : null;
+  }
+
+  /** How many pages from `page` on a touch may reach before it is SIGSEGV or SIGBUS, up to `end`. Contract §8.2. */
+  accessible(page: number, end: number, prot: number): number {
+    let stop = Math.min(end, this.pages, this.file ? this.file.pages - this.pgoff : end);
+    if (this.gmem && !this.gmem.initShared) stop = page;
+    for (const guard of this.guards.within(page, stop)) stop = Math.min(stop, guard.start);
+    for (const range of this.protection.within(page, stop)) {
+      if ((range.value & prot) !== prot) stop = Math.min(stop, range.start);
+    }
+    return Math.max(0, stop - page);
+  }
+}
+
+/** Whether madvise(2) knows the advice at all. */
+export function isAdvice(advice: number): boolean {
+  const inRange = (first: number, last: number): boolean => advice >= first && advice <= last;
+  return (
+    inRange(MADV_NORMAL, MADV_DONTNEED) ||
+    inRange(MADV_FREE, MADV_COLLAPSE) ||
+    inRange(MADV_GUARD_INSTALL, MADV_GUARD_REMOVE)
+  );
+}
+
+/** The mappings of one process, under handles; what mmap(2) and its relatives do once their arguments are in order. */
+export class AddressSpace {
+  readonly #machine: Machine;
+  readonly #mappings: (Mapping | undefined)[] = [];
+  readonly #free: number[] = [];
+  /** Host page number → mapping. */
+  readonly #addresses = new RangeMap<Mapping>();
+  /** Where the bytes of a window's buffer lie in the mapping's store. */
+  readonly #buffers = new WeakMap<ArrayBufferLike, { mapping: Mapping; shift: number }>();
+  #next: number;
+
+  constructor(machine: Machine) {
+    this.#machine = machine;
+    this.#next = Number(machine.taskSize / BigInt(machine.pageSize)) - 1;
+  }
+
+  get(handle: number): Mapping | undefined {
+    return this.#mappings[handle];
+  }
+
+  /** @returns a handle, or -ENOMEM where no room is left. */
+  map(pages: number, shared: boolean, file: MappedFile | null, pgoff: number, prot: number): Result {
+    const { pageSize } = this.#machine;
+    const first = this.#room(pages);
+    if (first === null) return -ERRNO.ENOMEM;
+    const mapping = new Mapping(BigInt(first) * BigInt(pageSize), pages, shared, file, pgoff, pageSize, prot);
+    this.#addresses.set(first, first + pages, mapping);
+    const handle = this.#free.pop() ?? this.#mappings.length;
+    this.#mappings[handle] = mapping;
+    return handle;
+  }
+
+  unmap(handle: number): Result {
+    const mapping = this.#mappings[handle];
+    if (!mapping) return -ERRNO.EINVAL;
+    for (const { start, end } of mapping.windows) mapping.store.detach(start, end - start);
+    const first = Number(mapping.address / BigInt(this.#machine.pageSize));
+    this.#addresses.delete(first, first + mapping.pages);
+    this.#mappings[handle] = undefined;
+    this.#free.push(handle);
+    mapping.file?.drop();
+    return 0;
+  }
+
+  /** A child's copy: shared mappings share, private ones get their bytes copied. */
+  fork(): AddressSpace {
+    const child = new AddressSpace(this.#machine);
+    child.#next = this.#next;
+    this.#mappings.forEach((mapping, handle) => {
+      child.#mappings[handle] = mapping?.shared ? mapping : mapping && copyPrivate(mapping, this.#machine.pageSize);
+      if (mapping?.shared) mapping.file?.hold();
+    });
+    child.#free.push(...this.#free);
+    for (const { start, end, value } of this.#addresses) child.#addresses.set(start, end, value);
+    return child;
+  }
+
+  peek(mapping: Mapping, offset: number, target: Uint8Array): Result {
+    return this.#copy(mapping, offset, target.length, PROT_READ, (at, length) => {
+      this.#fillPrivate(mapping, at, length);
+      mapping.store.read(at, target.subarray(0, length));
+      mapping.store.populate(
+        Math.floor(at / this.#machine.pageSize),
+        Math.ceil((at + length) / this.#machine.pageSize),
+      );
+    });
+  }
+
+  poke(mapping: Mapping, offset: number, source: Uint8Array): Result {
+    return this.#copy(mapping, offset, source.length, PROT_READ | PROT_WRITE, (at, length) => {
+      this.#fillPrivate(mapping, at, length);
+      mapping.store.write(at, source.subarray(0, length));
+    });
+  }
+
+  /** Pages that a touch reaches exist afterwards: mlock, MADV_POPULATE, MAP_POPULATE. @returns whether all could be reached. */
+  populate(mapping: Mapping, start: number, end: number, prot: number): boolean {
+    const count = mapping.accessible(start, end, prot);
+    const { pageSize } = this.#machine;
+    this.#fillPrivate(mapping, (mapping.pgoff + start) * pageSize, count * pageSize);
+    mapping.store.populate(mapping.pgoff + start, mapping.pgoff + start + count);
+    return count === end - start;
+  }
+
+  protect(mapping: Mapping, start: number, end: number, prot: number): Result {
+    if (prot & ~(PROT_READ | PROT_WRITE | PROT_EXEC)) return -ERRNO.EINVAL;
+    if (prot & PROT_EXEC && mapping.gmem) return -ERRNO.EACCES;
+    mapping.protection.set(start, end, prot);
+    return 0;
+  }
+
+  /** Contract §8.3, for an advice there is. */
+  advise(mapping: Mapping, start: number, end: number, advice: number): Result {
+    const { gmem, store, pgoff } = mapping;
+    const anonymous = !mapping.file;
+    switch (advice) {
+      case MADV_DONTNEED:
+      case MADV_DONTNEED_LOCKED:
+        if (advice === MADV_DONTNEED && mapping.locked.overlaps(start, end)) return -ERRNO.EINVAL;
+        if (!mapping.shared) store.discard(pgoff + start, pgoff + end);
+        return 0;
+      case MADV_REMOVE:
+        if (mapping.locked.overlaps(start, end) || !mapping.file) return -ERRNO.EINVAL;
+        if (!mapping.shared || !((mapping.protection.get(start) ?? 0) & PROT_WRITE)) return -ERRNO.EACCES;
+        store.discard(pgoff + start, pgoff + end);
+        return 0;
+      case MADV_FREE:
+      case MADV_WIPEONFORK:
+        return anonymous && !mapping.shared ? 0 : -ERRNO.EINVAL;
+      case MADV_COLLAPSE:
+        return gmem ? -ERRNO.EINVAL : 0;
+      case MADV_POPULATE_READ:
+      case MADV_POPULATE_WRITE: {
+        const prot = advice === MADV_POPULATE_READ ? PROT_READ : PROT_READ | PROT_WRITE;
+        if ((mapping.protection.get(start) ?? prot) & prot)
+          return this.populate(mapping, start, end, prot) ? 0 : -ERRNO.EFAULT;
+        return -ERRNO.EINVAL;
+      }
+      case MADV_GUARD_INSTALL:
+      case MADV_GUARD_REMOVE:
+        if (!this.#machine.since('6.18') && !anonymous) return -ERRNO.EINVAL;
+        if (advice === MADV_GUARD_REMOVE) mapping.guards.delete(start, end);
+        else mapping.guards.set(start, end, true);
+        return 0;
+      default:
+        // What is left changes nothing that can be seen: reclaim hints, fork and dump policy, huge pages, KSM.
+        return 0;
+    }
+  }
+
+  lock(mapping: Mapping, start: number, end: number): Result {
+    mapping.locked.set(start, end, true);
+    return this.populate(mapping, start, end, PROT_READ) ? 0 : -ERRNO.ENOMEM;
+  }
+
+  residency(mapping: Mapping, start: number, end: number, target: Uint8Array): void {
+    mapping.store.residency(mapping.pgoff + start, mapping.pgoff + end, target);
+  }
+
+  /** One NUMA node, number 0. */
+  bind(mapping: Mapping, start: number, end: number, policy: number, nodes: readonly number[]): Result {
+    const needsNodes = policy === MPOL_BIND || policy === MPOL_INTERLEAVE;
+    const takesNodes = needsNodes || policy === MPOL_PREFERRED;
+    if (policy < MPOL_DEFAULT || policy > MPOL_LOCAL) return -ERRNO.EINVAL;
+    if (nodes.some((node) => node !== 0) || (needsNodes && nodes.length === 0) || (!takesNodes && nodes.length > 0))
+      return -ERRNO.EINVAL;
+    const stored = policy === MPOL_PREFERRED && nodes.length === 0 ? MPOL_LOCAL : policy;
+    const [policies, shift] = this.#policies(mapping);
+    policies.set(shift + start, shift + end, stored);
+    return 0;
+  }
+
+  policyAt(mapping: Mapping, page: number): number {
+    const [policies, shift] = this.#policies(mapping);
+    return policies.get(shift + page) ?? MPOL_DEFAULT;
+  }
+
+  window(mapping: Mapping, offset: number, length: number): Uint8Array | null {
+    const at = mapping.pgoff * this.#machine.pageSize + offset;
+    this.#fillPrivate(mapping, at, length);
+    const view = mapping.store.window(at, length);
+    if (!view) return null;
+    mapping.windows.set(at, at + length, true);
+    this.#buffers.set(view.buffer, { mapping, shift: at - view.byteOffset });
+    return view;
+  }
+
+  /** Detaches a view, and with it those that share its buffer: plain JavaScript cannot have one memory in two buffers. */
+  releaseWindow(view: Uint8Array): void {
+    const found = this.#buffers.get(view.buffer);
+    if (found && view.length > 0) found.mapping.store.detach(view.byteOffset + found.shift, view.length);
+  }
+
+  /** Whether a buffer given to a call is ordinary memory, or a window whose pages a touch reaches. */
+  canTouch(buffer: Uint8Array): boolean {
+    const found = this.#buffers.get(buffer.buffer);
+    if (!found || buffer.length === 0) return true;
+    const { mapping, shift } = found;
+    const { pageSize } = this.#machine;
+    const offset = buffer.byteOffset + shift - mapping.pgoff * pageSize;
+    const [start, end] = [Math.floor(offset / pageSize), Math.ceil((offset + buffer.length) / pageSize)];
+    return mapping.accessible(start, end, PROT_READ) === end - start;
+  }
+
+  /** The mapping and byte offset behind a host address. */
+  find(address: bigint): { mapping: Mapping; offset: number } | undefined {
+    const range = this.#addresses.rangeAt(Number(address / BigInt(this.#machine.pageSize)));
+    return range && { mapping: range.value, offset: Number(address - range.value.address) };
+  }
+
+  /** Since 6.19 a guest_memfd keeps its policy by file offset; before, and elsewhere, it is the mapping's. Contract §8.3. */
+  #policies(mapping: Mapping): [RangeMap<number>, number] {
+    return mapping.gmem && this.#machine.since('6.19') ? [mapping.gmem.policy, mapping.pgoff] : [mapping.policy, 0];
+  }
+
+  #copy(
+    mapping: Mapping,
+    offset: number,
+    length: number,
+    prot: number,
+    copy: (at: number, length: number) => void,
+  ): Result {
+    if (length === 0) return 0;
+    const { pageSize } = this.#machine;
+    const page = Math.floor(offset / pageSize);
+    const reach = (page + mapping.accessible(page, Math.ceil((offset + length) / pageSize), prot)) * pageSize - offset;
+    if (reach <= 0) return -ERRNO.EFAULT;
+    const count = Math.min(length, reach);
+    copy(mapping.pgoff * pageSize + offset, count);
+    return count;
+  }
+
+  /** A private mapping of a file starts with the file's bytes and keeps its own from the first touch on. */
+  #fillPrivate(mapping: Mapping, at: number, length: number): void {
+    if (mapping.shared || !mapping.file) return;
+    const { pageSize } = this.#machine;
+    const page = new Uint8Array(pageSize);
+    const missing = [...gaps(mapping.store, Math.floor(at / pageSize), Math.ceil((at + length) / pageSize))];
+    for (const number of missing) {
+      mapping.file.store.read(number * pageSize, page);
+      mapping.store.write(number * pageSize, page);
+    }
+  }
+
+  /** Top down, as Linux does; first fit once the bottom is reached. */
+  #room(pages: number): number | null {
+    const guard = 1;
+    const lowest = 0x10000 / this.#machine.pageSize + 1;
+    if (this.#next - pages - guard >= lowest) {
+      this.#next -= pages + guard;
+      return this.#next;
+    }
+    const top = Number(this.#machine.taskSize / BigInt(this.#machine.pageSize)) - 1;
+    for (const { start, end } of this.#addresses.gaps(lowest, top)) {
+      if (end - start >= pages + 2 * guard) return start + guard;
+    }
+    return null;
+  }
+}
+
+function* gaps(store: PageStore, start: number, end: number): Generator<number> {
+  let page = start;
+  for (const range of store.presentWithin(start, end)) {
+    for (; page < range.start; page++) yield page;
+    page = range.end;
+  }
+  for (; page < end; page++) yield page;
+}
+
+function copyPrivate(mapping: Mapping, pageSize: number): Mapping {
+  const copy = new Mapping(mapping.address, mapping.pages, false, mapping.file, mapping.pgoff, pageSize, PROT_READ);
+  for (const { start, end, value } of mapping.protection) copy.protection.set(start, end, value);
+  for (const range of mapping.store.presentWithin(0, mapping.pgoff + mapping.pages)) {
+    const bytes = new Uint8Array((range.end - range.start) * pageSize);
+    mapping.store.read(range.start * pageSize, bytes);
+    copy.store.write(range.start * pageSize, bytes);
+  }
+  return copy;
+}

@@ -1,0 +1,133 @@
+import { ERRNO, F_ADD_SEALS, F_GET_SEALS, SEEK_CUR, SEEK_DATA, SEEK_END, SEEK_HOLE, SEEK_SET } from '../../uapi.ts';
+import type { Result } from '../kernel.ts';
+import { OpenFile } from '../state.ts';
+import { PageStore } from './page_store.ts';
+
+const SEAL_SEAL = 1;
+const SEAL_SHRINK = 2;
+const SEAL_GROW = 4;
+const SEAL_WRITE = 8;
+const ALL_SEALS = 0x3f;
+
+/** A file of bytes: a memfd, an opened file, or the shmem behind shared anonymous memory. Sizes and offsets below 2^53. */
+export class MemoryFile extends OpenFile {
+  readonly store: PageStore;
+  readonly ino: bigint;
+  readonly mode: number;
+  size = 0;
+  position = 0;
+  seals: number;
+
+  constructor(pageSize: number, ino: bigint, options: { sealable?: boolean; mode?: number } = {}) {
+    super('file');
+    this.store = new PageStore(pageSize, () => this.size);
+    this.ino = ino;
+    this.mode = options.mode ?? 0o100777;
+    this.seals = options.sealable ? 0 : SEAL_SEAL;
+  }
+
+  /** Pages of the file that its size covers, the last one perhaps in part. */
+  get pages(): number {
+    return Math.ceil(this.size / this.store.pageSize);
+  }
+
+  read(target: Uint8Array, offset: number): Result {
+    const length = Math.max(0, Math.min(target.length, this.size - offset));
+    this.store.read(offset, target.subarray(0, length));
+    return length;
+  }
+
+  write(source: Uint8Array, offset: number): Result {
+    if (this.seals & SEAL_WRITE) return -ERRNO.EPERM;
+    const end = offset + source.length;
+    if (end > this.size && this.seals & SEAL_GROW) return -ERRNO.EPERM;
+    this.store.write(offset, source);
+    this.size = Math.max(this.size, end);
+    return source.length;
+  }
+
+  truncate(size: number): Result {
+    if (size < this.size && this.seals & SEAL_SHRINK) return -ERRNO.EPERM;
+    if (size > this.size && this.seals & SEAL_GROW) return -ERRNO.EPERM;
+    if (size < this.size) this.#erase(size, this.size);
+    this.size = size;
+    return 0;
+  }
+
+  /** fallocate(2) with mode 0 or KEEP_SIZE. */
+  allocate(offset: number, length: number, keepSize: boolean): Result {
+    const end = offset + length;
+    if (!keepSize && end > this.size && this.seals & SEAL_GROW) return -ERRNO.EPERM;
+    this.store.populate(Math.floor(offset / this.store.pageSize), Math.ceil(end / this.store.pageSize));
+    if (!keepSize) this.size = Math.max(this.size, end);
+    return 0;
+  }
+
+  punch(offset: number, length: number): Result {
+    if (this.seals & SEAL_WRITE) return -ERRNO.EPERM;
+    this.#erase(offset, offset + length);
+    return 0;
+  }
+
+  seek(offset: number, whence: number): Result {
+    let to: number;
+    switch (whence) {
+      case SEEK_SET:
+        to = offset;
+        break;
+      case SEEK_CUR:
+        to = this.position + offset;
+        break;
+      case SEEK_END:
+        to = this.size + offset;
+        break;
+      case SEEK_DATA:
+      case SEEK_HOLE:
+        if (offset < 0 || offset >= this.size) return -ERRNO.ENXIO;
+        to = this.#find(offset, whence === SEEK_DATA);
+        if (to < 0) return to;
+        break;
+      default:
+        return -ERRNO.EINVAL;
+    }
+    if (to < 0) return -ERRNO.EINVAL;
+    this.position = to;
+    return to;
+  }
+
+  fcntlSeals(command: number, argument: number): Result {
+    if (command === F_GET_SEALS) return this.seals;
+    if (command !== F_ADD_SEALS || argument & ~ALL_SEALS) return -ERRNO.EINVAL;
+    if (this.seals & SEAL_SEAL) return -ERRNO.EPERM;
+    this.seals |= argument;
+    return 0;
+  }
+
+  /** msync, fsync: nothing to do for memory. */
+  sync(): void {}
+
+  /** Whole pages go, the ends of partly covered ones become zeros. */
+  #erase(offset: number, end: number): void {
+    const { pageSize } = this.store;
+    const first = Math.ceil(offset / pageSize);
+    const last = Math.floor(end / pageSize);
+    if (first > last) {
+      this.store.zero(offset, end);
+      return;
+    }
+    this.store.zero(offset, first * pageSize);
+    this.store.zero(last * pageSize, end);
+    this.store.discard(first, last);
+  }
+
+  #find(offset: number, data: boolean): number {
+    const { pageSize } = this.store;
+    let hole = offset;
+    for (const { start, end } of this.store.presentWithin(Math.floor(offset / pageSize), this.pages)) {
+      if (data) return Math.max(offset, start * pageSize);
+      if (start * pageSize > hole) break;
+      hole = end * pageSize;
+    }
+    return data ? -ERRNO.ENXIO : Math.min(hole, this.size);
+  }
+}

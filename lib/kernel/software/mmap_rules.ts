@@ -1,0 +1,124 @@
+import { hex } from '../../format.ts';
+import {
+  GUEST_MEMFD_FLAG_MMAP,
+  MAP_ANONYMOUS,
+  MAP_FIXED,
+  MAP_FIXED_NOREPLACE,
+  MAP_GROWSDOWN,
+  MAP_HUGETLB,
+  MAP_PRIVATE,
+  MAP_SHARED,
+  MAP_SHARED_VALIDATE,
+  MAP_SYNC,
+  MAP_TYPE,
+  PROT_EXEC,
+} from '../../uapi.ts';
+import { big, isAligned, isZero } from '../arguments.ts';
+import type { U64 } from '../kernel.ts';
+import type { Machine } from '../machine.ts';
+import { type Rule, rule } from '../rules/rule.ts';
+import { GuestMemfdFile, type OpenFile } from '../state.ts';
+
+export interface MmapRequest {
+  readonly length: U64;
+  readonly prot: number;
+  readonly flags: number;
+  readonly offset: U64;
+  /** undefined: the fd is not open, or the mapping is anonymous. */
+  readonly file: OpenFile | undefined;
+}
+
+const MAX_FILE_SIZE = (1n << 63n) - 1n;
+const PAGE_NUMBERS = 1n << 64n;
+const anonymous = (r: MmapRequest): boolean => (r.flags & MAP_ANONYMOUS) !== 0;
+const roundUp = (length: U64, page: number): bigint =>
+  ((big(length) + BigInt(page) - 1n) / BigInt(page)) * BigInt(page);
+
+/** mmap(2). Contract §8.1, whose numbers stand in the comments. */
+export const mmapRules: readonly Rule<Machine, MmapRequest>[] = [
+  rule('EINVAL', 'mmap-fixed', (_machine, { flags }) => {
+    return (
+      (flags & (MAP_FIXED | MAP_FIXED_NOREPLACE)) !== 0 &&
+      'a mapping at a fixed address could replace memory of the process'
+    );
+  }),
+  // 1–4
+  rule(
+    'EINVAL',
+    'mmap-offset',
+    ({ pageSize }, { offset }) =>
+      !isAligned(offset, pageSize) && `offset ${hex(offset)} is not a multiple of the page size, ${pageSize}`,
+  ),
+  rule('EBADF', 'mmap-fd', (_machine, r) => !anonymous(r) && !r.file && 'the fd is not open'),
+  rule(
+    'EINVAL',
+    'mmap-hugetlb',
+    (_machine, r) => !anonymous(r) && (r.flags & MAP_HUGETLB) !== 0 && 'MAP_HUGETLB is for anonymous memory here',
+  ),
+  rule('EINVAL', 'mmap-length', (_machine, { length }) => isZero(length) && 'the length is 0'),
+  rule(
+    'ENOMEM',
+    'mmap-length-wraps',
+    ({ pageSize }, { length }) => roundUp(length, pageSize) >= 1n << 64n && `length ${hex(length)} wraps`,
+  ),
+  rule('EOVERFLOW', 'mmap-end-wraps', ({ pageSize }, { length, offset }) => {
+    const pages = (big(offset) + roundUp(length, pageSize)) / BigInt(pageSize);
+    return pages >= PAGE_NUMBERS && 'the range wraps';
+  }),
+  rule(
+    'ENOMEM',
+    'mmap-room',
+    ({ pageSize, taskSize }, { length }) =>
+      roundUp(length, pageSize) > taskSize && `no address space has ${hex(length)} bytes`,
+  ),
+  // 6–7
+  rule('EOVERFLOW', 'mmap-file-end', ({ pageSize }, r) => {
+    return (
+      !anonymous(r) &&
+      big(r.offset) + roundUp(r.length, pageSize) > MAX_FILE_SIZE &&
+      'the range ends past the largest file'
+    );
+  }),
+  rule('EINVAL', 'mmap-type', (_machine, r) => {
+    const type = r.flags & MAP_TYPE;
+    const known = type === MAP_SHARED || type === MAP_PRIVATE || (type === MAP_SHARED_VALIDATE && !anonymous(r));
+    return !known && 'a mapping is MAP_SHARED or MAP_PRIVATE';
+  }),
+  rule('EOPNOTSUPP', 'mmap-sync', (_machine, { flags }) => {
+    return (
+      (flags & MAP_TYPE) === MAP_SHARED_VALIDATE && (flags & MAP_SYNC) !== 0 && 'the file does not support MAP_SYNC'
+    );
+  }),
+  // 8–11
+  rule(
+    'EPERM',
+    'gmem-exec',
+    (_machine, { prot, file }) =>
+      file instanceof GuestMemfdFile && (prot & PROT_EXEC) !== 0 && 'a guest_memfd cannot be mapped executable',
+  ),
+  rule(
+    'EINVAL',
+    'gmem-growsdown',
+    (_machine, r) => !anonymous(r) && (r.flags & MAP_GROWSDOWN) !== 0 && 'a file cannot be mapped MAP_GROWSDOWN',
+  ),
+  rule(
+    'ENODEV',
+    'not-mappable',
+    (_machine, r) =>
+      !anonymous(r) && r.file?.kind !== 'gmem' && r.file?.kind !== 'file' && 'this kind of file cannot be mapped',
+  ),
+  rule('ENODEV', 'gmem-not-mappable', (_machine, { file }) => {
+    return (
+      file instanceof GuestMemfdFile &&
+      !(file.flags & GUEST_MEMFD_FLAG_MMAP) &&
+      'the guest_memfd was created without MMAP'
+    );
+  }),
+  rule('EINVAL', 'gmem-private', (_machine, { flags, file }) => {
+    return (
+      file instanceof GuestMemfdFile &&
+      (flags & MAP_TYPE) === MAP_PRIVATE &&
+      'a guest_memfd can only be mapped MAP_SHARED'
+    );
+  }),
+];

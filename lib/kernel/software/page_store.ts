@@ -1,0 +1,201 @@
+import { RangeMap } from '../../ranges.ts';
+
+/** A window covers whole spans of this many bytes: the most that one ArrayBuffer can hold on Node 20. */
+const SPAN = 2 ** 32;
+
+interface Extent {
+  readonly start: number;
+  readonly end: number;
+  buffer: ArrayBuffer;
+}
+
+/**
+ * The bytes of a file or of anonymous memory, sparse: nothing is held for a page until it is written. Units: bytes, and
+ * pages where a name says so.
+ *
+ * A page is by itself until somebody asks for a window; then its whole span moves into one ArrayBuffer, whose untouched parts cost
+ * nothing either, since the allocator gives zero pages on demand.
+ */
+export class PageStore {
+  readonly pageSize: number;
+  /** Pages that exist, whatever they hold. */
+  readonly #present = new RangeMap<true>();
+  readonly #pages = new Map<number, Uint8Array>();
+  #extents: Extent[] = [];
+  /** Pages that someone may write to without our knowing. */
+  readonly #windowed = new RangeMap<true>();
+
+  readonly #size: () => number;
+
+  /** @param size Bytes of what is stored, which may change: a window's buffer need not be larger. */
+  constructor(pageSize: number, size: () => number) {
+    this.pageSize = pageSize;
+    this.#size = size;
+  }
+
+  /** Makes pages exist; content that is there stays. */
+  populate(startPage: number, endPage: number): void {
+    this.#present.set(startPage, endPage, true);
+  }
+
+  /** Gives pages back: they read as zeros when they exist again. */
+  discard(startPage: number, endPage: number): void {
+    for (const extent of this.#extents) {
+      const start = Math.max(startPage * this.pageSize, extent.start);
+      const end = Math.min(endPage * this.pageSize, extent.end);
+      this.#zero(extent, start, end, this.#present);
+      this.#zero(extent, start, end, this.#windowed);
+    }
+    if (this.#pages.size > 0) this.#forget(startPage, endPage);
+    this.#present.delete(startPage, endPage);
+  }
+
+  /** Zeroes bytes inside pages that exist, as a hole smaller than a page does. */
+  zero(offset: number, end: number): void {
+    for (const { start, end: stop } of this.#present.within(
+      Math.floor(offset / this.pageSize),
+      Math.ceil(end / this.pageSize),
+    )) {
+      for (let page = start; page < stop; page++) {
+        const from = Math.max(offset, page * this.pageSize);
+        const to = Math.min(end, (page + 1) * this.pageSize);
+        this.#bytesAt(from, to)?.fill(0);
+      }
+    }
+  }
+
+  residentPages(startPage: number, endPage: number): number {
+    this.#noticeWrites(startPage, endPage);
+    return this.#present.lengthWithin(startPage, endPage);
+  }
+
+  /** Bit 0 of one byte per page. */
+  residency(startPage: number, endPage: number, target: Uint8Array): void {
+    this.#noticeWrites(startPage, endPage);
+    target.fill(0, 0, endPage - startPage);
+    for (const { start, end } of this.#present.within(startPage, endPage))
+      target.fill(1, start - startPage, end - startPage);
+  }
+
+  /** The existing parts of a range of pages, in order. */
+  presentWithin(
+    startPage: number,
+    endPage: number,
+  ): IterableIterator<{ readonly start: number; readonly end: number }> {
+    this.#noticeWrites(startPage, endPage);
+    return this.#present.within(startPage, endPage);
+  }
+
+  read(offset: number, target: Uint8Array): void {
+    this.#pieces(offset, target.length, (at, position, length) => {
+      const source = this.#bytesAt(at, at + length);
+      if (source) target.set(source, position);
+      else target.fill(0, position, position + length);
+    });
+  }
+
+  write(offset: number, source: Uint8Array): void {
+    if (source.length === 0) return;
+    this.populate(Math.floor(offset / this.pageSize), Math.ceil((offset + source.length) / this.pageSize));
+    this.#pieces(offset, source.length, (at, position, length) => {
+      let page = this.#bytesAt(at, at + length);
+      if (!page) {
+        const number = Math.floor(at / this.pageSize);
+        const whole = new Uint8Array(this.pageSize);
+        this.#pages.set(number, whole);
+        page = whole.subarray(at - number * this.pageSize);
+      }
+      page.set(source.subarray(position, position + length));
+    });
+  }
+
+  /** A live view, or null where its bytes are in two windows already that cannot be one. */
+  window(offset: number, length: number): Uint8Array | null {
+    const end = offset + length;
+    let extent = this.#extents.find((one) => one.start <= offset && end <= one.end);
+    if (!extent) {
+      const start = Math.floor(offset / SPAN) * SPAN;
+      const span = { start, end: Math.max(end, Math.min(start + SPAN, this.#size())) };
+      const wanted = end <= start + SPAN ? span : { start: offset, end };
+      if (this.#extents.some((one) => one.start < wanted.end && wanted.start < one.end)) return null;
+      extent = this.#materialize(wanted.start, wanted.end);
+    }
+    this.#windowed.set(Math.floor(offset / this.pageSize), Math.ceil(end / this.pageSize), true);
+    return new Uint8Array(extent.buffer, offset - extent.start, length);
+  }
+
+  /** Detaches every window on these bytes, and with them those that share their buffer. */
+  detach(offset: number, length: number): void {
+    for (const extent of this.#extents) {
+      if (extent.start < offset + length && offset < extent.end) {
+        extent.buffer = structuredClone(extent.buffer, { transfer: [extent.buffer] });
+      }
+    }
+  }
+
+  #materialize(start: number, end: number): Extent {
+    const extent: Extent = { start, end, buffer: new ArrayBuffer(end - start) };
+    const bytes = new Uint8Array(extent.buffer);
+    for (const [page, content] of this.#pages) {
+      const at = page * this.pageSize;
+      if (at >= start && at < end) {
+        bytes.set(content, at - start);
+        this.#pages.delete(page);
+      }
+    }
+    this.#extents.push(extent);
+    return extent;
+  }
+
+  /** The bytes [from, to) of one page, or undefined where nothing was ever written. */
+  #bytesAt(from: number, to: number): Uint8Array | undefined {
+    for (const extent of this.#extents) {
+      if (extent.start <= from && to <= extent.end)
+        return new Uint8Array(extent.buffer, from - extent.start, to - from);
+    }
+    const page = Math.floor(from / this.pageSize);
+    return this.#pages.get(page)?.subarray(from - page * this.pageSize, to - page * this.pageSize);
+  }
+
+  #pieces(offset: number, length: number, visit: (at: number, position: number, length: number) => void): void {
+    for (let position = 0; position < length; ) {
+      const at = offset + position;
+      const piece = Math.min(length - position, this.pageSize - (at % this.pageSize));
+      visit(at, position, piece);
+      position += piece;
+    }
+  }
+
+  #zero(extent: Extent, start: number, end: number, pages: RangeMap<true>): void {
+    if (start >= end) return;
+    for (const range of pages.within(start / this.pageSize, end / this.pageSize)) {
+      new Uint8Array(
+        extent.buffer,
+        range.start * this.pageSize - extent.start,
+        (range.end - range.start) * this.pageSize,
+      ).fill(0);
+    }
+  }
+
+  #forget(startPage: number, endPage: number): void {
+    if (endPage - startPage > this.#pages.size) {
+      for (const page of this.#pages.keys()) if (page >= startPage && page < endPage) this.#pages.delete(page);
+    } else {
+      for (let page = startPage; page < endPage; page++) this.#pages.delete(page);
+    }
+  }
+
+  /** Pages written through a window exist, although no call said so. */
+  #noticeWrites(startPage: number, endPage: number): void {
+    if (this.#windowed.size === 0) return;
+    for (const { start, end } of [...this.#windowed.within(startPage, endPage)]) {
+      for (const gap of [...this.#present.gaps(start, end)]) {
+        for (let page = gap.start; page < gap.end; page++) {
+          if (this.#bytesAt(page * this.pageSize, (page + 1) * this.pageSize)?.some((byte) => byte !== 0)) {
+            this.#present.set(page, page + 1, true);
+          }
+        }
+      }
+    }
+  }
+}

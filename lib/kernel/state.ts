@@ -1,0 +1,246 @@
+import { RangeMap } from '../ranges.ts';
+import { KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES } from '../uapi.ts';
+import { toPages } from './arguments.ts';
+import type { U64 } from './kernel.ts';
+import type { Machine } from './machine.ts';
+
+/**
+ * What a kernel holds, without the bytes: open files, VMs, memslots, bindings, attributes. The software kernel acts on it; the Linux
+ * kernel keeps the same, after each call that succeeded, so that the same rules can explain the next one that does not.
+ * Contract §11 (lifetimes), §21 (state).
+ */
+
+export type FileKind = 'kvm' | 'vm' | 'gmem' | 'file' | 'epoll' | 'uffd';
+
+/** An open file description: what fds, their duplicates and mappings refer to. */
+export class OpenFile {
+  readonly kind: FileKind;
+  #references = 0;
+
+  constructor(kind: FileKind) {
+    this.kind = kind;
+  }
+
+  hold(): this {
+    this.#references++;
+    return this;
+  }
+
+  drop(): void {
+    if (--this.#references === 0) this.released();
+  }
+
+  protected released(): void {}
+}
+
+/** One memslot. Units: pages, except the addresses. */
+export interface MemslotState {
+  readonly id: number;
+  readonly addressSpace: number;
+  baseGfn: number;
+  readonly pages: number;
+  readonly userspaceAddr: U64;
+  flags: number;
+  /** null: no GUEST_MEMFD flag, or its file is closed. */
+  guestMemfd: GuestMemfdFile | null;
+  /** First page of the file. */
+  readonly pgoff: number;
+  /** Pages written since the log was read, relative to the slot; null without LOG_DIRTY. */
+  dirty: RangeMap<true> | null;
+}
+
+/** The fields of kvm_userspace_memory_region2, in canonical form; V1 has no flags for the last two. */
+export interface RegionRequest {
+  readonly v1: boolean;
+  readonly addressSpace: number;
+  readonly id: number;
+  readonly flags: number;
+  readonly guestPhysAddr: U64;
+  readonly memorySize: U64;
+  readonly userspaceAddr: U64;
+  readonly guestMemfdOffset: U64;
+  readonly guestMemfd: number;
+  /** What the fd number stands for in the calling process. */
+  readonly file: OpenFile | undefined;
+}
+
+export class VmFile extends OpenFile {
+  readonly machine: Machine;
+  readonly hasPrivate: boolean;
+  readonly isProtected: boolean;
+  /** arm64: bits of guest physical address. */
+  readonly ipaBits: number;
+  readonly addressSpaces: number;
+  /** gfn → private. */
+  readonly attributes = new RangeMap<true>();
+  manualDirtyLog = 0;
+  dirtyRing: 'none' | 'ring' | 'ring-with-bitmap' = 'none';
+  hypercallMask = 0;
+  readonly #slots: readonly Map<number, MemslotState>[];
+  readonly #gfns: readonly RangeMap<MemslotState>[];
+
+  constructor(machine: Machine, type: number) {
+    super('vm');
+    this.machine = machine;
+    this.hasPrivate = !machine.isArm && [1, 4, 5].includes(type);
+    this.isProtected = machine.isArm && type >= 0x8000_0000;
+    this.ipaBits = machine.pkvm ? machine.ipaLimit : type & 0xff || 40;
+    this.addressSpaces = machine.isArm ? 0 : this.hasPrivate ? 1 : 2;
+    const count = Math.max(1, this.addressSpaces);
+    this.#slots = Array.from({ length: count }, () => new Map());
+    this.#gfns = Array.from({ length: count }, () => new RangeMap());
+  }
+
+  /** Address spaces that a slot number may name: at least one, even where the capability says 0. */
+  get addressSpaceIds(): number {
+    return this.#slots.length;
+  }
+
+  slot(addressSpace: number, id: number): MemslotState | undefined {
+    return this.#slots[addressSpace]?.get(id);
+  }
+
+  get hasSlots(): boolean {
+    return this.#slots.some((slots) => slots.size > 0);
+  }
+
+  /** A slot of the address space, other than `except`, that covers any of these gfns. */
+  slotOverlapping(addressSpace: number, start: number, end: number, except?: MemslotState): MemslotState | undefined {
+    const ranges = this.#gfns[addressSpace];
+    if (!ranges?.overlaps(start, end)) return undefined;
+    for (const { value } of ranges.within(start, end)) if (value !== except) return value;
+    return undefined;
+  }
+
+  /** Carries out a request that every rule accepted. Contract §10.2. */
+  applyRegion(request: RegionRequest): void {
+    const { pageSize } = this.machine;
+    const slots = this.#slots[request.addressSpace] as Map<number, MemslotState>;
+    const gfns = this.#gfns[request.addressSpace] as RangeMap<MemslotState>;
+    const old = slots.get(request.id);
+    const pages = toPages(request.memorySize, pageSize);
+    const baseGfn = toPages(request.guestPhysAddr, pageSize);
+    if (old && pages === 0) {
+      slots.delete(request.id);
+      gfns.delete(old.baseGfn, old.baseGfn + old.pages);
+      old.guestMemfd?.bindings.delete(old.pgoff, old.pgoff + old.pages);
+      return;
+    }
+    if (old) {
+      gfns.delete(old.baseGfn, old.baseGfn + old.pages);
+      old.baseGfn = baseGfn;
+      gfns.set(baseGfn, baseGfn + pages, old);
+      if ((old.flags ^ request.flags) & KVM_MEM_LOG_DIRTY_PAGES) old.dirty = this.#newDirtyLog(request.flags, pages);
+      old.flags = request.flags;
+      return;
+    }
+    const guestMemfd = request.flags & KVM_MEM_GUEST_MEMFD ? (request.file as GuestMemfdFile) : null;
+    const slot: MemslotState = {
+      id: request.id,
+      addressSpace: request.addressSpace,
+      baseGfn,
+      pages,
+      userspaceAddr: request.userspaceAddr,
+      flags: request.flags,
+      guestMemfd,
+      pgoff: guestMemfd ? toPages(request.guestMemfdOffset, pageSize) : 0,
+      dirty: this.#newDirtyLog(request.flags, pages),
+    };
+    slots.set(request.id, slot);
+    gfns.set(baseGfn, baseGfn + pages, slot);
+    guestMemfd?.bindings.set(slot.pgoff, slot.pgoff + pages, slot);
+  }
+
+  applyAttributes(address: U64, size: U64, attributes: U64): void {
+    const start = toPages(address, this.machine.pageSize);
+    const end = start + toPages(size, this.machine.pageSize);
+    if (attributes) this.attributes.set(start, end, true);
+    else this.attributes.delete(start, end);
+  }
+
+  #newDirtyLog(flags: number, pages: number): RangeMap<true> | null {
+    if (!(flags & KVM_MEM_LOG_DIRTY_PAGES) || this.dirtyRing === 'ring') return null;
+    const log = new RangeMap<true>();
+    if (this.manualDirtyLog & 2) log.set(0, pages, true);
+    return log;
+  }
+}
+
+export class GuestMemfdFile extends OpenFile {
+  readonly vm: VmFile;
+  readonly size: U64;
+  readonly flags: number;
+  /** Pages of the file → the slot that has them. */
+  readonly bindings = new RangeMap<MemslotState>();
+
+  constructor(vm: VmFile, size: U64, flags: number) {
+    super('gmem');
+    this.vm = vm;
+    this.size = size;
+    this.flags = flags;
+  }
+
+  /** The slots outlive the file: their addresses stay taken, the memory is gone. Contract §11. */
+  protected override released(): void {
+    for (const { value } of this.bindings) value.guestMemfd = null;
+    this.bindings.clear();
+  }
+}
+
+/** A process's file descriptors, which are all that a kernel lets a caller name. */
+export class FileTable {
+  readonly #files = new Map<number, OpenFile>();
+  #lowest: number;
+
+  constructor(first = 0) {
+    this.#lowest = first;
+  }
+
+  get size(): number {
+    return this.#files.size;
+  }
+
+  get(fd: number): OpenFile | undefined {
+    return this.#files.get(fd);
+  }
+
+  /** The VM behind a VM fd. */
+  vm(fd: number): VmFile | undefined {
+    const file = this.#files.get(fd);
+    return file instanceof VmFile ? file : undefined;
+  }
+
+  gmem(fd: number): GuestMemfdFile | undefined {
+    const file = this.#files.get(fd);
+    return file instanceof GuestMemfdFile ? file : undefined;
+  }
+
+  /** Under a number that a real kernel chose. */
+  put(fd: number, file: OpenFile): number {
+    this.#files.get(fd)?.drop();
+    this.#files.set(fd, file.hold());
+    return fd;
+  }
+
+  /** Under the lowest free number, as POSIX has it. */
+  add(file: OpenFile): number {
+    while (this.#files.has(this.#lowest)) this.#lowest++;
+    return this.put(this.#lowest, file);
+  }
+
+  close(fd: number): boolean {
+    const file = this.#files.get(fd);
+    if (!file) return false;
+    this.#files.delete(fd);
+    this.#lowest = Math.min(this.#lowest, fd);
+    file.drop();
+    return true;
+  }
+
+  /** The table of a forked child: the same files under the same numbers. */
+  fork(): FileTable {
+    const child = new FileTable(this.#lowest);
+    for (const [fd, file] of this.#files) child.put(fd, file);
+    return child;
+  }
+}

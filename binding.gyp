@@ -9,6 +9,7 @@
       'sources': [
         'native/addon.cc',
         'native/copy.cc',
+        'native/direct_copy.cc',
         'native/environment.cc',
         'native/file.cc',
         'native/guest_memfd.cc',

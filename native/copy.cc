@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "direct_copy.h"
+
 namespace {
 
 // One transfer of the kernel ends at 2 GiB - 4 KiB anyway.
@@ -12,9 +14,14 @@ constexpr size_t kTransfer = size_t{1} << 30;
 // What fits a pipe of default size, so that a write never blocks.
 constexpr size_t kPipe = size_t{1} << 16;
 
+// From here on touching the memory is faster than asking the kernel, the
+// questions before it included.
+constexpr size_t kDirect = size_t{1} << 12;
+
 bool process_vm_works = true;
 
-// The kernel copies from this process to this process: it looks up the pages of the source and faults on neither side.
+// The kernel copies from this process to this process: it looks up the pages of
+// the source and faults on neither side.
 int64_t ProcessVmCopy(uint8_t* target, const uint8_t* source, size_t size) {
   size_t done = 0;
   while (done < size) {
@@ -28,7 +35,8 @@ int64_t ProcessVmCopy(uint8_t* target, const uint8_t* source, size_t size) {
   return static_cast<int64_t>(done);
 }
 
-// Where process_vm_readv is not built in or not allowed: write(2) to a pipe and read(2) back, which answer EFAULT too.
+// Where process_vm_readv is not built in or not allowed: write(2) to a pipe and
+// read(2) back, which answer EFAULT too.
 int64_t PipeCopy(Environment& environment, uint8_t* target, const uint8_t* source, size_t size) {
   int ends[2];
   const int64_t opened = environment.Pipe(ends);
@@ -53,13 +61,21 @@ int64_t PipeCopy(Environment& environment, uint8_t* target, const uint8_t* sourc
   return static_cast<int64_t>(done);
 }
 
-}  // namespace
-
-int64_t GuardedCopy(Environment& environment, uint8_t* target, const uint8_t* source, size_t size) {
+int64_t KernelCopy(Environment& environment, uint8_t* target, const uint8_t* source, size_t size) {
   if (process_vm_works) {
     const int64_t copied = ProcessVmCopy(target, source, size);
     if (copied != -ENOSYS && copied != -EPERM) return copied;
     process_vm_works = false;
   }
   return PipeCopy(environment, target, source, size);
+}
+
+}  // namespace
+
+int64_t GuardedCopy(Environment& environment, uint8_t* target, const uint8_t* source, size_t size) {
+  const size_t done = size < kDirect ? 0 : DirectCopy(target, source, size);
+  if (done == size) return static_cast<int64_t>(size);
+  const int64_t copied = KernelCopy(environment, target + done, source + done, size - done);
+  if (copied < 0 && done > 0) return static_cast<int64_t>(done);
+  return copied < 0 ? copied : static_cast<int64_t>(done) + copied;
 }

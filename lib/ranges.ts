@@ -107,7 +107,7 @@ class Leaf<V> {
  *
  * Bounds are integers, `end` at most 2^53; callers check that. A range with start ≥ end is empty: writing it changes
  * nothing, and asking about it finds nothing. Values are compared with `===`; neighbours with equal values are one range.
- * With n ranges a look-up costs O(log n), a change O(log n + ranges it replaces); a million ranges take about 60 MiB.
+ * With n ranges a look-up costs O(log n), a change O(log n + ranges it replaces); a range takes about 40 bytes.
  *
  * Iterators are live, and a loop may change the map it visits. Each step goes on from the end of what it gave before, in
  * the map as it is then: a range that grew backwards is cut there. An iteration never goes past the end that the last

@@ -1,5 +1,4 @@
-// The module: one JavaScript function per native function, each with its
-// environment as callback data.
+// The module: one JavaScript function per native function, each with its environment as callback data.
 
 #include <napi.h>
 #include <unistd.h>

@@ -5,9 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
-// 64 words of 64 bits, shared with JavaScript. A call reads its arguments from
-// the first ones and leaves more than one result there. JavaScript runs again
-// as soon as the call returns, so nobody keeps a pointer into it.
+// 64 words of 64 bits, shared with JavaScript. A call reads its arguments from the first ones and leaves more than one
+// result there. JavaScript runs again as soon as the call returns, so nobody keeps a pointer into it.
 class Command {
  public:
   static constexpr size_t kWords = 64;

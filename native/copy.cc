@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "direct_copy.h"
 
@@ -14,14 +15,12 @@ constexpr size_t kTransfer = size_t{1} << 30;
 // What fits a pipe of default size, so that a write never blocks.
 constexpr size_t kPipe = size_t{1} << 16;
 
-// From here on touching the memory is faster than asking the kernel, the
-// questions before it included.
+// From here on touching the memory is faster than asking the kernel, the questions before it included.
 constexpr size_t kDirect = size_t{1} << 12;
 
-bool process_vm_works = true;
+std::atomic<bool> process_vm_works = true;
 
-// The kernel copies from this process to this process: it looks up the pages of
-// the source and faults on neither side.
+// The kernel copies from this process to this process: it looks up the pages of the source and faults on neither side.
 int64_t ProcessVmCopy(uint8_t* target, const uint8_t* source, size_t size) {
   size_t done = 0;
   while (done < size) {
@@ -35,8 +34,7 @@ int64_t ProcessVmCopy(uint8_t* target, const uint8_t* source, size_t size) {
   return static_cast<int64_t>(done);
 }
 
-// Where process_vm_readv is not built in or not allowed: write(2) to a pipe and
-// read(2) back, which answer EFAULT too.
+// Where process_vm_readv is not built in or not allowed: write(2) to a pipe and read(2) back, which answer EFAULT too.
 int64_t PipeCopy(Environment& environment, uint8_t* target, const uint8_t* source, size_t size) {
   int ends[2];
   const int64_t opened = environment.Pipe(ends);

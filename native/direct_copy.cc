@@ -4,13 +4,11 @@
 #include <signal.h>
 #include <ucontext.h>
 
-// The kernel can copy between two ranges of this process and answer EFAULT, but
-// it looks up every page to do so, and takes three times as long as memcpy. So
-// large copies are made here by a loop of our own, and a signal handler does
-// what the kernel does for its own copies: a fault at an instruction of this
-// loop goes on at its end. Nothing else is recovered from: any other SIGSEGV or
-// SIGBUS goes to whoever had the signal before us, V8's WebAssembly handler
-// among them.
+// The kernel can copy between two ranges of this process and answer EFAULT, but it looks up every page to do so, and
+// takes three times as long as memcpy. So large copies are made here by a loop of our own, and a signal handler does
+// what the kernel does for its own copies: a fault at an instruction of this loop goes on at its end. Nothing else is
+// recovered from: any other SIGSEGV or SIGBUS goes to whoever had the signal before us, V8's WebAssembly handler among
+// them.
 
 namespace {
 
@@ -19,9 +17,8 @@ constexpr size_t kBlock = 64;
 }  // namespace
 
 extern "C" {
-// Copies blocks of 64 bytes; returns how many it did not copy. The instructions
-// from `first` to before `end` may fault: with the program counter set to
-// `end`, the function returns what is left.
+// Copies blocks of 64 bytes; returns how many it did not copy. The instructions from `first` to before `end` may fault:
+// with the program counter set to `end`, the function returns what is left.
 size_t guest_memfd_copy_blocks(uint8_t* target, const uint8_t* source, size_t blocks);
 extern const char guest_memfd_copy_first[];
 extern const char guest_memfd_copy_end[];
@@ -30,10 +27,8 @@ extern const char guest_memfd_copy_end[];
 __asm__(
     ".text\n"
     ".p2align 6\n"
-    ".hidden guest_memfd_copy_blocks, guest_memfd_copy_first, "
-    "guest_memfd_copy_end\n"
-    ".globl guest_memfd_copy_blocks, guest_memfd_copy_first, "
-    "guest_memfd_copy_end\n"
+    ".hidden guest_memfd_copy_blocks, guest_memfd_copy_first, guest_memfd_copy_end\n"
+    ".globl guest_memfd_copy_blocks, guest_memfd_copy_first, guest_memfd_copy_end\n"
     ".type guest_memfd_copy_blocks, %function\n"
     "guest_memfd_copy_blocks:\n"
     ".cfi_startproc\n"
@@ -102,17 +97,17 @@ void OnFault(int signal, siginfo_t* info, void* context) {
   }
 
   const struct sigaction& before = previous[signal == SIGBUS];
-  if ((before.sa_flags & SA_SIGINFO) != 0) {
-    before.sa_sigaction(signal, info, context);
-  } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
-    before.sa_handler(signal);
-  } else if (fault || before.sa_handler == SIG_DFL) {
-    // As if we had never been here: the instruction faults again, or the signal
-    // comes again, and ends the process.
+  if (before.sa_handler == SIG_IGN && !fault) return;
+  if (before.sa_handler == SIG_DFL || before.sa_handler == SIG_IGN) {
+    // As if we had never been here: the instruction faults again, or the signal comes again, and ends the process.
     struct sigaction action = {};
     action.sa_handler = SIG_DFL;
     sigaction(signal, &action, nullptr);
     if (!fault) raise(signal);
+  } else if ((before.sa_flags & SA_SIGINFO) != 0) {
+    before.sa_sigaction(signal, info, context);
+  } else {
+    before.sa_handler(signal);
   }
 }
 
@@ -130,8 +125,7 @@ void Install() {
   installed = true;
 }
 
-// A fault would reach our handler: nobody has taken the signals since, and this
-// thread does not block them.
+// A fault would reach our handler: nobody has taken the signals since, and this thread does not block them.
 bool CanCatch() {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
   pthread_once(&once, Install);

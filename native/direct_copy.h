@@ -1,12 +1,10 @@
-// Copies by touching the memory, as fast as memcpy: a fault ends the copy, not
-// the process.
+// Copies by touching the memory, as fast as memcpy: a fault ends the copy, not the process.
 
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-// Bytes copied, from the start, at least 64 of them or none. Less than `size`
-// means a fault near there, or that this process does not let us catch one;
-// either way, ask the kernel about the rest.
+// Bytes copied, from the start. Less than `size` means a fault near there, or that this process does not let us catch
+// one; either way, ask the kernel about the rest.
 size_t DirectCopy(uint8_t* target, const uint8_t* source, size_t size);

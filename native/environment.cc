@@ -6,8 +6,7 @@
 
 namespace {
 
-// Runs once the backing store of a window is gone, on the thread of its
-// environment.
+// Runs once the backing store of a window is gone, on the thread of its environment.
 void FinalizeWindow(napi_env env, void*, void* hint) {
   Window* window = static_cast<Window*>(hint);
   Mapping* mapping = window->mapping;
@@ -27,9 +26,8 @@ void Settle(Mapping* mapping) {
   bool reachable = false;
   for (const Window* window : mapping->windows) reachable |= !window->detached;
   if (reachable) {
-    // ArrayBuffer.prototype.transfer() has moved a window into an ArrayBuffer
-    // we do not know. It must not see the memory any more, but a touch must not
-    // be a signal either: zero pages take the place until the backing store is
+    // ArrayBuffer.prototype.transfer() has moved a window into an ArrayBuffer we do not know. It must not see the
+    // memory any more, but a touch must not be a signal either: zero pages take the place until the backing store is
     // gone.
     if (!mapping->blanked) {
       mmap(mapping->address, mapping->length, PROT_READ | PROT_WRITE,
@@ -60,8 +58,7 @@ napi_value Environment::CommandBuffer() const {
   return buffer;
 }
 
-// The environment ends: a worker was terminated, or the process exits. What is
-// still open goes now.
+// The environment ends: a worker was terminated, or the process exits. What is still open goes now.
 void Environment::CleanUp(void* self) {
   Environment& environment = *static_cast<Environment*>(self);
   napi_handle_scope scope = nullptr;
@@ -133,17 +130,15 @@ int64_t Environment::CreateWindow(Mapping* mapping, uint8_t* data, size_t size, 
     return -EOPNOTSUPP;
   }
   if (status != napi_ok) {
-    // Longer than this Node's longest buffer. Node has run the finalizer, or
-    // will.
+    // Longer than this Node's longest buffer. Node has run the finalizer, or will.
     napi_value exception;
     napi_get_and_clear_last_exception(env_, &exception);
     return -EFBIG;
   }
   napi_create_reference(env_, *result, 0, &window->buffer);
 
-  // Node detaches every external buffer when the environment ends. Our hook has
-  // to come before, to see which of them had been moved away by then; hooks run
-  // last in, first out.
+  // Node detaches every external buffer when the environment ends. Our hook has to come before, to see which of them
+  // had been moved away by then; hooks run last in, first out.
   napi_remove_env_cleanup_hook(env_, CleanUp, this);
   napi_add_env_cleanup_hook(env_, CleanUp, this);
   return 0;
@@ -170,8 +165,8 @@ int64_t Environment::DetachWindow(napi_value buffer) {
   return -EINVAL;
 }
 
-// Sets `detached` only if it was us: a buffer that is detached already, or
-// collected, may have given its memory to another.
+// Sets `detached` only if it was us: a buffer that is detached already, or collected, may have given its memory to
+// another.
 void Environment::Detach(Window* window) {
   if (window->detached) return;
   napi_value buffer = nullptr;

@@ -1,5 +1,5 @@
-// What one JavaScript environment (the main thread, or a worker) owns: its
-// command buffer, file descriptors and mappings.
+// What one JavaScript environment (the main thread, or a worker) owns: its command buffer, file descriptors and
+// mappings.
 
 #pragma once
 
@@ -23,8 +23,7 @@ struct OptionalBytes : Bytes {};
 
 struct Mapping;
 
-// An ArrayBuffer over a part of a mapping, from its creation to the finalizer
-// of its backing store.
+// An ArrayBuffer over a part of a mapping, from its creation to the finalizer of its backing store.
 struct Window {
   Mapping* mapping;
   napi_ref buffer;  // weak
@@ -34,8 +33,8 @@ struct Window {
   bool detached;  // by us, hence out of reach of JavaScript
 };
 
-// Memory mapped by mmap(2). It outlives its handle while a call on another
-// thread uses it or JavaScript may still reach it.
+// Memory mapped by mmap(2). It outlives its handle while a call on another thread uses it or JavaScript may still reach
+// it.
 struct Mapping {
   uint8_t* address;
   size_t length;  // whole pages
@@ -46,8 +45,7 @@ struct Mapping {
   std::vector<Window*> windows;
 };
 
-// Ends a call or a window of a mapping: unmaps and deletes it if that was the
-// last thing that held it.
+// Ends a call or a window of a mapping: unmaps and deletes it if that was the last thing that held it.
 void Settle(Mapping* mapping);
 
 class Environment {
@@ -60,8 +58,7 @@ class Environment {
   const Command& command() const { return command_; }
   napi_value CommandBuffer() const;
 
-  // Records a new file descriptor, if it is one; the result of the call that
-  // opened it, ≥ 0 or -errno.
+  // Records a new file descriptor, if it is one; the result of the call that opened it, ≥ 0 or -errno.
   int64_t Own(int64_t fd);
   // Forgets a file descriptor; false if it is not one of ours.
   bool Disown(int fd);
@@ -71,13 +68,11 @@ class Environment {
   Mapping* FindMapping(uint64_t handle) const {
     return handle < mappings_.size() ? mappings_[static_cast<size_t>(handle)] : nullptr;
   }
-  // The address of a range of a mapping; null if the range leaves the mapping,
-  // or if there is no such mapping.
+  // The address of a range of a mapping; null if the range leaves the mapping, or if there is no such mapping.
   uint8_t* Range(uint64_t handle, uint64_t offset, uint64_t length) const;
   int64_t RemoveMapping(uint64_t handle);
 
-  // Bytes of a mapping as an ArrayBuffer, detached with the mapping; 0 or
-  // -errno.
+  // Bytes of a mapping as an ArrayBuffer, detached with the mapping; 0 or -errno.
   int64_t CreateWindow(Mapping* mapping, uint8_t* data, size_t size, napi_value* result);
   // Detaches an ArrayBuffer made by CreateWindow; 0 or -errno.
   int64_t DetachWindow(napi_value buffer);

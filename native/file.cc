@@ -30,9 +30,8 @@ napi_value FallocateAsync(Environment& environment) {
 // ftruncate(2). command: [fd, length]
 int64_t Ftruncate(const Command& command) { return Syscall(SYS_ftruncate, command.i32(0), command.i64(1)); }
 
-// fstat(2). command: [fd]; then words: [mode, size, blocks, blksize, ino,
-// nlink]. statx(2), because the fstat of a new glibc is a symbol that older
-// ones lack.
+// fstat(2). command: [fd]; then words: [mode, size, blocks, blksize, ino, nlink]. statx(2), because the fstat of a new
+// glibc is a symbol that older ones lack.
 int64_t Fstat(const Command& command) {
   struct statx status;
   const int64_t result = Syscall(SYS_statx, command.i32(0), "", AT_EMPTY_PATH, STATX_BASIC_STATS, &status);
@@ -56,8 +55,7 @@ int64_t Fstatfs(const Command& command) {
   return 0;
 }
 
-// cachestat(2). command: [fd, offset, length]; then words: [cache, dirty,
-// writeback, evicted, recently evicted]
+// cachestat(2). command: [fd, offset, length]; then words: [cache, dirty, writeback, evicted, recently evicted]
 int64_t Cachestat(const Command& command) {
   uapi::CachestatRange range = {command.u64(1), command.u64(2)};
   uapi::Cachestat status = {};
@@ -130,14 +128,6 @@ int64_t Dup(Environment& environment) {
   return environment.Own(Syscall(SYS_fcntl, environment.command().i32(0), F_DUPFD_CLOEXEC, 0));
 }
 
-// Takes over an fd that is open but was not opened here; close-on-exec from now
-// on. command: [fd]
-int64_t Adopt(Environment& environment) {
-  const int fd = environment.command().i32(0);
-  const int64_t result = Syscall(SYS_fcntl, fd, F_SETFD, FD_CLOEXEC);
-  return result < 0 ? result : environment.Own(fd);
-}
-
 // close(2) of an fd this environment opened; of any other: EBADF. command: [fd]
 int64_t Close(Environment& environment) {
   const int fd = environment.command().i32(0);
@@ -163,7 +153,6 @@ constexpr Function kTable[] = {
     {"epollCreate1", Invoke<EpollCreate1>},
     {"epollCtl", Invoke<EpollCtl>},
     {"dup", Invoke<Dup>},
-    {"adopt", Invoke<Adopt>},
     {"close", Invoke<Close>},
 };
 

@@ -1,5 +1,4 @@
-// The creation of guest_memfd files; what is done with them afterwards are the
-// calls of file.cc and mapping.cc.
+// The creation of guest_memfd files; what is done with them afterwards are the calls of file.cc and mapping.cc.
 
 #include <fcntl.h>
 #include <sys/ioctl.h>

@@ -1,5 +1,5 @@
-// From JavaScript to a native function and back, as directly as Node-API
-// allows: one call for the environment and the argument, one for the result.
+// From JavaScript to a native function and back, as directly as Node-API allows: one call for the environment and the
+// argument, one for the result.
 
 #pragma once
 
@@ -22,8 +22,7 @@ inline napi_value ToValue(napi_env env, int64_t result) {
 
 inline napi_value ToValue(napi_env, napi_value result) { return result; }
 
-// The argument of a call as the type its signature asks for, or the errno of a
-// value that is none.
+// The argument of a call as the type its signature asks for, or the errno of a value that is none.
 struct Path {
   char text[PATH_MAX + 1];
 };
@@ -113,8 +112,8 @@ struct Function {
   napi_callback callback;
 };
 
-// A table of native functions. Each file defines its functions and their table,
-// so that a call is inlined into its callback.
+// A table of native functions. Each file defines its functions and their table, so that a call is inlined into its
+// callback.
 struct Functions {
   const Function* first;
   size_t count;

@@ -10,8 +10,7 @@ void Execute(napi_env, void* data) {
   job->result = job->call(*job);
 }
 
-// Also runs while the environment ends: then the promise has no reader left,
-// and the rest still has to go.
+// Also runs while the environment ends: then the promise has no reader left, and the rest still has to go.
 void Complete(napi_env env, napi_status status, void* data) {
   Job* job = static_cast<Job*>(data);
   const int64_t result = status == napi_ok ? job->result : -ECANCELED;

@@ -1,5 +1,5 @@
-// Calls on a mapping. A mapping is a handle of its environment; a range that
-// leaves it is -ENOMEM, as for an address where nothing is mapped.
+// Calls on a mapping. A mapping is a handle of its environment; a range that leaves it is -ENOMEM, as for an address
+// where nothing is mapped.
 
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -16,8 +16,7 @@
 
 namespace {
 
-// Calls `call(address, length)` for the range in the command's first words:
-// [mapping, offset, length].
+// Calls `call(address, length)` for the range in the command's first words: [mapping, offset, length].
 template <typename Call>
 int64_t OnRange(Environment& environment, Call call) {
   const Command& command = environment.command();
@@ -32,8 +31,7 @@ size_t HugePageSize(int fd) {
   return static_cast<size_t>(status.f_bsize);
 }
 
-// The page size the kernel rounds a mapping's length to; munmap of huge pages
-// insists on it.
+// The page size the kernel rounds a mapping's length to; munmap of huge pages insists on it.
 size_t PageSizeOf(int flags, int fd) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   if ((flags & MAP_ANONYMOUS) == 0) return std::max(page, HugePageSize(fd));
@@ -47,8 +45,7 @@ size_t PageSizeOf(int flags, int fd) {
   return std::max(page, huge);
 }
 
-// The part of `bytes` that lies in the mapping from `offset` on; null if none
-// does.
+// The part of `bytes` that lies in the mapping from `offset` on; null if none does.
 uint8_t* Clip(Environment& environment, Bytes* bytes) {
   const Command& command = environment.command();
   const Mapping* mapping = environment.FindMapping(command.u64(0));
@@ -58,9 +55,8 @@ uint8_t* Clip(Environment& environment, Bytes* bytes) {
   return mapping->address + offset;
 }
 
-// mmap(2); the result is a handle. command: [length, prot, flags, fd, offset].
-// There is no word for an address, so MAP_FIXED would mean address 0 and
-// everything above it: EINVAL.
+// mmap(2); the result is a handle. command: [length, prot, flags, fd, offset]. There is no word for an address, so
+// MAP_FIXED would mean address 0 and everything above it: EINVAL.
 int64_t Mmap(Environment& environment) {
   const Command& command = environment.command();
   const size_t length = command.u64(0);
@@ -120,8 +116,8 @@ int64_t Msync(Environment& environment) {
                  [=](void* address, uint64_t length) { return Syscall(SYS_msync, address, length, flags); });
 }
 
-// mbind(2) without flags. command: [mapping, offset, length, policy, maxnode,
-// mask…]; the mask is NULL when maxnode is 0.
+// mbind(2) without flags. command: [mapping, offset, length, policy, maxnode, mask…]; the mask is NULL when maxnode is
+// 0.
 int64_t Mbind(Environment& environment) {
   constexpr size_t kFirst = 5;
   constexpr size_t kBits = (Command::kWords - kFirst) * 64;
@@ -136,8 +132,7 @@ int64_t Mbind(Environment& environment) {
   });
 }
 
-// get_mempolicy(2) with MPOL_F_ADDR; the result is the policy. command:
-// [mapping, offset]
+// get_mempolicy(2) with MPOL_F_ADDR; the result is the policy. command: [mapping, offset]
 int64_t GetMempolicy(Environment& environment) {
   const Command& command = environment.command();
   uint8_t* address = environment.Range(command.u64(0), command.u64(1), 1);
@@ -147,8 +142,7 @@ int64_t GetMempolicy(Environment& environment) {
   return result < 0 ? result : policy;
 }
 
-// mincore(2). command: [mapping, offset, length]. A residency array that is too
-// short is passed on as NULL.
+// mincore(2). command: [mapping, offset, length]. A residency array that is too short is passed on as NULL.
 int64_t Mincore(Environment& environment, Bytes residency) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   return OnRange(environment, [=](void* address, uint64_t length) {
@@ -177,23 +171,20 @@ int64_t UffdioRegister(Environment& environment) {
   return Syscall(SYS_ioctl, command.i32(0), uapi::kUffdioRegister, &args);
 }
 
-// A guarded copy out of a mapping, up to its end; bytes copied, or EFAULT.
-// command: [mapping, offset]
+// A guarded copy out of a mapping, up to its end; bytes copied, or EFAULT. command: [mapping, offset]
 int64_t Peek(Environment& environment, Bytes target) {
   const uint8_t* source = Clip(environment, &target);
   return source == nullptr ? -EFAULT : GuardedCopy(environment, target.data, source, target.size);
 }
 
-// A guarded copy into a mapping, up to its end; bytes copied, or EFAULT.
-// command: [mapping, offset]
+// A guarded copy into a mapping, up to its end; bytes copied, or EFAULT. command: [mapping, offset]
 int64_t Poke(Environment& environment, Bytes source) {
   uint8_t* target = Clip(environment, &source);
   return target == nullptr ? -EFAULT : GuardedCopy(environment, target, source.data, source.size);
 }
 
-// Bytes of a mapping as an ArrayBuffer, or -errno: EOPNOTSUPP where this Node
-// has no external buffers, EFBIG beyond its longest buffer. command: [mapping,
-// offset, length]
+// Bytes of a mapping as an ArrayBuffer, or -errno: EOPNOTSUPP where this Node has no external buffers, EFBIG beyond its
+// longest buffer. command: [mapping, offset, length]
 napi_value CreateWindow(Environment& environment) {
   const Command& command = environment.command();
   const uint64_t length = command.u64(2);

@@ -1,7 +1,5 @@
-// System calls without the C library between: the kernel's answer, ≥ 0 or
-// -errno, is already what every native function returns. It also saves a
-// return, and where the kernel has flushed the processor's return predictor,
-// each one costs.
+// System calls without the C library between: the kernel's answer, ≥ 0 or -errno, is already what every native function
+// returns. It also saves a return, and where the kernel has flushed the processor's return predictor, each one costs.
 
 #pragma once
 

@@ -1,5 +1,4 @@
-// The Linux ABI the addon needs, in our own definitions: distributions ship
-// older headers than the kernels they run on.
+// The Linux ABI the addon needs, in our own definitions: distributions ship older headers than the kernels they run on.
 
 #pragma once
 
@@ -10,8 +9,7 @@
 
 namespace uapi {
 
-// _IO, _IOW, _IOR and _IOWR of asm-generic/ioctl.h, which x86-64 and arm64
-// share.
+// _IO, _IOW, _IOR and _IOWR of asm-generic/ioctl.h, which x86-64 and arm64 share.
 enum : uint32_t { kNone = 0, kWrite = 1, kRead = 2 };
 template <typename Argument>
 constexpr uint32_t Request(uint32_t direction, uint32_t type, uint32_t number) {
@@ -162,8 +160,8 @@ constexpr int64_t kHugetlbfs = 0x958458f6;
 constexpr int kHugeShift = 26;
 constexpr uint32_t kHugeMask = 0x3f;
 
-// System calls by number: cachestat is newer than the headers, the others have
-// no wrapper in the oldest glibc we load on.
+// System calls by number: cachestat is newer than the headers, the others have no wrapper in the oldest glibc we load
+// on.
 constexpr long kSysCachestat = 451;
 #if defined(__x86_64__)
 constexpr long kSysMbind = 237;

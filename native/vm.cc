@@ -9,15 +9,14 @@
 
 namespace {
 
-// KVM_SET_USER_MEMORY_REGION. command: [vm, slot, flags, guest_phys_addr,
-// memory_size, userspace_addr]
+// KVM_SET_USER_MEMORY_REGION. command: [vm, slot, flags, guest_phys_addr, memory_size, userspace_addr]
 int64_t SetUserMemoryRegion(const Command& command) {
   uapi::UserspaceMemoryRegion region = {command.u32(1), command.u32(2), command.u64(3), command.u64(4), command.u64(5)};
   return Syscall(SYS_ioctl, command.i32(0), uapi::kSetUserMemoryRegion, &region);
 }
 
-// KVM_SET_USER_MEMORY_REGION2. command: [vm, slot, flags, guest_phys_addr,
-// memory_size, userspace_addr, guest_memfd_offset, guest_memfd]
+// KVM_SET_USER_MEMORY_REGION2. command: [vm, slot, flags, guest_phys_addr, memory_size, userspace_addr,
+// guest_memfd_offset, guest_memfd]
 int64_t SetUserMemoryRegion2(const Command& command) {
   uapi::UserspaceMemoryRegion2 region = {};
   region.slot = command.u32(1);
@@ -36,8 +35,7 @@ int64_t SetMemoryAttributes(const Command& command) {
   return Syscall(SYS_ioctl, command.i32(0), uapi::kSetMemoryAttributes, &args);
 }
 
-// The same on a thread of its own: it cannot be interrupted and takes its time
-// by the page.
+// The same on a thread of its own: it cannot be interrupted and takes its time by the page.
 napi_value SetMemoryAttributesAsync(Environment& environment) {
   return StartOnFile(environment, environment.command().i32(0), 1, [](const Job& job) {
     uapi::MemoryAttributes args = {job.words[0], job.words[1], job.words[2], job.words[3]};
@@ -52,15 +50,14 @@ int64_t EnableCap(const Command& command) {
   return Syscall(SYS_ioctl, command.i32(0), uapi::kEnableCap, &args);
 }
 
-// KVM_GET_DIRTY_LOG. command: [vm, slot]. The kernel takes the bitmap's length
-// from the slot: the caller answers for it.
+// KVM_GET_DIRTY_LOG. command: [vm, slot]. The kernel takes the bitmap's length from the slot: the caller answers for
+// it.
 int64_t GetDirtyLog(const Command& command, OptionalBytes bitmap) {
   uapi::DirtyLog args = {command.u32(1), 0, reinterpret_cast<uintptr_t>(bitmap.data)};
   return Syscall(SYS_ioctl, command.i32(0), uapi::kGetDirtyLog, &args);
 }
 
-// KVM_CLEAR_DIRTY_LOG. command: [vm, slot, num_pages, first_page]. A bitmap
-// that is too short is passed on as NULL.
+// KVM_CLEAR_DIRTY_LOG. command: [vm, slot, num_pages, first_page]. A bitmap that is too short is passed on as NULL.
 int64_t ClearDirtyLog(const Command& command, OptionalBytes bitmap) {
   const uint64_t needed = (uint64_t{command.u32(2)} + 63) / 64 * 8;
   uapi::ClearDirtyLog args = {command.u32(1), command.u32(2), command.u64(3),

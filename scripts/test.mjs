@@ -1,0 +1,87 @@
+// `npm test`: builds what is missing, runs the tests, and says last what ran where and what could not. Arguments go to tap:
+//   npm test -- dist/test/ranges.test.js
+
+import { spawnSync } from 'node:child_process';
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { dirname, join, relative } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+const root = fileURLToPath(new URL('..', import.meta.url));
+const require = createRequire(import.meta.url);
+const results = join(root, '.tap/results.tap');
+const conformance = join(root, '.tap/conformance');
+
+build('--typescript');
+build('--addon');
+removeStale(join(root, 'dist/test'));
+rmSync(results, { force: true });
+rmSync(conformance, { recursive: true, force: true });
+mkdirSync(dirname(results), { recursive: true });
+
+const status = runTap(process.argv.slice(2));
+const counts = readCounts();
+const ranOnKvm = printConformance();
+finish(status, counts, ranOnKvm);
+
+function build(part) {
+  const { status } = spawnSync(process.execPath, [join(root, 'scripts/build.mjs'), part], { stdio: 'inherit' });
+  if (status !== 0) process.exit(status ?? 1);
+}
+
+/** A compiled test whose source is gone would still run. */
+function removeStale(folder) {
+  for (const name of readdirSync(folder, { recursive: true })) {
+    if (!name.endsWith('.js')) continue;
+    const source = join(root, relative(join(root, 'dist'), join(folder, name.replace(/\.js$/, '.ts'))));
+    if (!existsSync(source)) rmSync(join(folder, name));
+  }
+}
+
+function runTap(args) {
+  const { bin } = require('tap/package.json');
+  const tap = join(dirname(require.resolve('tap/package.json')), bin.tap);
+  const options = [`--output-file=${results}`, '--reporter=terse'];
+  const env = { ...process.env, TAP_RCFILE: join(root, '.taprc') };
+  // Without a terminal the reporter would draw every frame; under CI it draws the last one.
+  if (!process.stdout.isTTY) Object.assign(env, { CI: '1', FORCE_COLOR: '0' });
+  return spawnSync(process.execPath, [tap, ...options, ...args], { cwd: root, stdio: 'inherit', env }).status ?? 1;
+}
+
+/** The assertions of all files, as tap counts them at the end of its output. */
+function readCounts() {
+  const text = existsSync(results) ? readFileSync(results, 'utf8') : '';
+  const summary = [...text.matchAll(/^# (\{ total: .*\})$/gm)].at(-1)?.[1] ?? '';
+  const count = (name) => Number(new RegExp(`\\b${name}: (\\d+)`).exec(summary)?.[1] ?? 0);
+  return { passed: count('pass'), failed: count('fail'), skipped: count('skip') + count('todo') };
+}
+
+/** A line for each kernel the conformance cases ran on. True when the running Linux kernel was one. */
+function printConformance() {
+  const families = existsSync(conformance) ? readdirSync(conformance).sort() : [];
+  let onKvm = false;
+  console.log('');
+  for (const file of families) {
+    const { tallies, reason } = JSON.parse(readFileSync(join(conformance, file), 'utf8'));
+    if (reason) console.log(`${file.replace('.json', '')}: no case could run: ${reason}`);
+    for (const { kernel, agree, disagree, notApplicable } of tallies) {
+      onKvm ||= kernel.startsWith('linux');
+      const reasons = Object.entries(notApplicable).sort(([, a], [, b]) => b - a);
+      const left = reasons.reduce((sum, [, count]) => sum + count, 0);
+      const disagreeing = disagree > 0 ? `, ${disagree} DISAGREE` : '';
+      const why = left > 0 ? ` (${reasons.map(([why, count]) => `${why}: ${count}`).join('; ')})` : '';
+      console.log(`${kernel}: ${agree} cases agree${disagreeing}, ${left} not applicable${why}`);
+    }
+  }
+  return onKvm;
+}
+
+function finish(status, { passed, failed, skipped }, ranOnKvm) {
+  const problems = [];
+  if (passed + failed === 0) problems.push('no test ran');
+  if (skipped > 0 && ranOnKvm) problems.push(`${skipped} skipped, although this host has KVM`);
+  if (status !== 0 && failed === 0 && problems.length === 0) problems.push(`tap ended with status ${status}`);
+  for (const problem of problems) console.log(`FAIL: ${problem}`);
+  console.log(`${passed} passed, ${failed} failed${skipped > 0 ? `, ${skipped} skipped` : ''}`);
+  process.exitCode = status !== 0 || failed > 0 || problems.length > 0 ? 1 : 0;
+}

@@ -1,0 +1,155 @@
+import {
+  MADV_DONTNEED,
+  MADV_HWPOISON,
+  MADV_SOFT_OFFLINE,
+  MAP_ANONYMOUS,
+  MAP_FIXED,
+  MAP_PRIVATE,
+  O_RDWR,
+} from '../../../lib/uapi.ts';
+import { gmemSlots, mappable, shareable } from '../needs.ts';
+import { INIT_SHARED, MMAP, type Outcome, type Scenario, scenario, section } from '../scenario.ts';
+
+/** What was thrown, by name. */
+const thrown = (call: () => unknown): Outcome => {
+  try {
+    return `nothing: ${call()}`;
+  } catch (error) {
+    return error instanceof TypeError ? 'TypeError' : String(error);
+  }
+};
+const wrong = <T>(value: unknown): T => value as T;
+const shared = (s: Scenario) => s.gmem(s.vm(), 16, MMAP | INIT_SHARED);
+
+export const boundary = section('The boundary itself', [
+  scenario('boundary fds', 'an fd that this kernel did not open is EBADF', {
+    when: (s) =>
+      [0, 1, 2, -1, 99999].flatMap((fd) => [
+        s.kernel.fallocate(fd, 3, 0, s.P),
+        s.kernel.fstat(fd, {}),
+        s.kernel.ftruncate(fd, 0),
+        s.kernel.read(fd, new Uint8Array(1)),
+        s.kernel.write(fd, new Uint8Array(1)),
+        s.kernel.dup(fd),
+        s.kernel.ioctl(fd, 0xae00, 0),
+        s.kernel.checkExtension(fd, 3),
+        s.kernel.fcntlGetFd(fd),
+        s.kernel.close(fd),
+      ]),
+    expect: Array(50).fill('EBADF'),
+  }),
+  scenario('boundary ioctl', 'an argument of ioctl that could be an address is EFAULT', {
+    given: (s) => s.vm(),
+    when: (s, vm) => [s.kernel.ioctl(vm, 0xc040aed4, 4096), s.kernel.ioctl(vm, 0x4020ae46, 1n << 40n)],
+    expect: ['EFAULT', 'EFAULT'],
+  }),
+  scenario('boundary fixed', 'MAP_FIXED would replace memory of the process: EINVAL', {
+    needs: [mappable],
+    given: (s) => s.gmem(s.vm(), 16, MMAP),
+    when: (s, file) => [
+      s.mmap(file, { flags: MAP_FIXED | 1 }),
+      s.mmap(-1, { flags: MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS }),
+    ],
+    expect: ['EINVAL', 'EINVAL'],
+  }),
+  scenario('boundary poison', 'MADV_HWPOISON and MADV_SOFT_OFFLINE would poison the machine: EINVAL', {
+    when: (s) => {
+      const memory = s.anonymous(1);
+      return [s.advise(memory, 0, 1, MADV_HWPOISON), s.advise(memory, 0, 1, MADV_SOFT_OFFLINE)];
+    },
+    expect: ['EINVAL', 'EINVAL'],
+  }),
+  scenario('boundary fcntl', 'a command fcntl does not offer is EINVAL', {
+    given: (s) => s.memfd(1),
+    when: (s, file) => [s.kernel.fcntl(file, 5, 0), s.kernel.fcntl(file, 99, 0)],
+    expect: ['EINVAL', 'EINVAL'],
+  }),
+  scenario('boundary open', 'a path that is not there is ENOENT', {
+    when: (s) => [s.kernel.openKvm('/nonexistent/kvm'), s.kernel.open('/nonexistent/file', O_RDWR)],
+    expect: ['ENOENT', 'ENOENT'],
+  }),
+  scenario('boundary mapping', 'a range that leaves its mapping is ENOMEM, EFAULT for a copy', {
+    needs: [shareable],
+    given: (s) => s.map(shared(s)),
+    when: (s, mapping) => [
+      s.advise(mapping, 16, 1, MADV_DONTNEED),
+      s.advise(mapping, 8, 16, MADV_DONTNEED),
+      s.kernel.mprotect(mapping, 16 * s.P, s.P, 1),
+      s.kernel.mlock(mapping, 15 * s.P, 2 * s.P),
+      s.kernel.mincore(mapping, 15 * s.P, 2 * s.P, new Uint8Array(2)),
+      s.get(mapping, 16),
+      s.put(mapping, 16, 1),
+    ],
+    expect: ['ENOMEM', 'ENOMEM', 'ENOMEM', 'ENOMEM', 'ENOMEM', 'EFAULT', 'EFAULT'],
+  }),
+  scenario('boundary mincore', 'a residency array shorter than the range is EFAULT', {
+    needs: [shareable],
+    given: (s) => s.map(shared(s)),
+    when: (s, mapping) => s.kernel.mincore(mapping, 0, 4 * s.P, new Uint8Array(3)),
+    expect: 'EFAULT',
+  }),
+  scenario('boundary window', 'a window shows the mapping’s bytes, and munmap detaches it', {
+    needs: [shareable],
+    given: (s) => s.map(shared(s)),
+    when: (s, mapping) => {
+      const window = s.kernel.window(mapping, s.P, s.P);
+      window[0] = 9;
+      const seen = s.get(mapping, 1);
+      const written = [s.put(mapping, 1, 8), window[0]];
+      return [window.length, seen, ...written, s.munmap(mapping), window.length];
+    },
+    expect: (s) => [s.P, 9, 1, 8, 0, 0],
+  }),
+  scenario('boundary own window', 'a window of its own can be released without the others', {
+    needs: [shareable],
+    given: (s) => s.map(shared(s)),
+    when: (s, mapping) => {
+      const own = s.kernel.window(mapping, 0, s.P, true);
+      const other = s.kernel.window(mapping, 0, s.P);
+      own[0] = 3;
+      s.kernel.releaseWindow(own);
+      return [own.length, other.length, other[0] as number];
+    },
+    expect: (s) => [0, s.P, 3],
+  }),
+  scenario('boundary addresses', 'a mapping has an address, a page’s multiple, and two do not overlap', {
+    when: (s) => {
+      const [a, b] = [s.anonymous(4), s.anonymous(4)].map((mapping) => s.kernel.addressOf(mapping)) as [bigint, bigint];
+      const distance = a < b ? b - a : a - b;
+      return [a > 0n, a % BigInt(s.P), b % BigInt(s.P), distance >= BigInt(4 * s.P)];
+    },
+    expect: [true, 0, 0, true],
+  }),
+  scenario('boundary types', 'an argument that no system call could take is a TypeError, and nothing happens', {
+    given: (s) => ({ vm: s.vm(), kvm: s.kvm }),
+    when: (s, { vm, kvm }) => [
+      thrown(() => s.kernel.createVm(kvm, Number.NaN)),
+      thrown(() => s.kernel.createVm(kvm, 0.5)),
+      thrown(() => s.kernel.createVm(kvm, wrong('0'))),
+      thrown(() => s.kernel.createVm(kvm, 2n ** 64n)),
+      thrown(() => s.kernel.createGuestMemfd(vm, { size: wrong('4096'), flags: 0 })),
+      thrown(() => s.kernel.createGuestMemfd(vm, { size: 4096, flags: wrong(undefined) })),
+      thrown(() => s.kernel.createGuestMemfd(vm, { size: -(2n ** 63n) - 1n, flags: 0 })),
+      thrown(() => s.slot(vm, { slot: 0.5 })),
+      thrown(() => s.slot(vm, { gpa: Number.POSITIVE_INFINITY })),
+      thrown(() => s.kernel.close(wrong('3'))),
+      thrown(() => s.kernel.fallocate(vm, 3, wrong(null), 4096)),
+      thrown(() => s.kernel.read(vm, wrong([1]))),
+    ],
+    expect: Array(12).fill('TypeError'),
+  }),
+  scenario('boundary explain', 'a refusal comes with the rule it broke', {
+    needs: [gmemSlots],
+    given: (s) => s.gmemVm(),
+    when: (s, vm) => [
+      s.slot(vm, { pages: 4 }),
+      s.slot(vm, { slot: 1, at: 3 }),
+      typeof s.kernel.explain() === 'string' && (s.kernel.explain() ?? '').length > 10,
+    ],
+    expect: [0, 'EEXIST', true],
+  }),
+  scenario('boundary getter', 'what is no VM fd has no attributes', {
+    when: (s) => [s.kernel.privateGfns(s.kvm) === undefined, s.kernel.privateGfns(99999) === undefined],
+    expect: [true, true],
+  }),
+]);

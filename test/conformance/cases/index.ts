@@ -1,0 +1,32 @@
+import type { Section } from '../scenario.ts';
+import { boundary } from './boundary.ts';
+import { dirtyLog } from './dirty_log.ts';
+import { fallocate } from './fallocate.ts';
+import { fileOperations } from './file.ts';
+import { createGuestMemfd } from './guest_memfd.ts';
+import { lifetimes, protectedSlots } from './lifetime.ts';
+import { memoryAttributes } from './memory_attributes.ts';
+import { gmemSlotCases, slotArguments, slotChanges } from './memslot.ts';
+import { hostAccess, mmap } from './mmap.ts';
+import { checkExtension, createVm, dispatch, enableCap } from './vm.ts';
+
+/** The contract, case by case. */
+export const sections: readonly Section[] = [
+  dispatch,
+  createVm,
+  checkExtension,
+  enableCap,
+  createGuestMemfd,
+  fileOperations,
+  fallocate,
+  mmap,
+  hostAccess,
+  slotArguments,
+  slotChanges,
+  gmemSlotCases,
+  protectedSlots,
+  lifetimes,
+  memoryAttributes,
+  dirtyLog,
+  boundary,
+];

@@ -1,0 +1,42 @@
+import t from 'tap';
+import { softwareKernel } from '../../lib/kernel/index.ts';
+import { kernelVersions, type ModelOptions } from '../../lib/model_options.ts';
+import type { InChild } from './scenario.ts';
+import { conform, publish, type Tally } from './suite.ts';
+
+const models: ModelOptions[] = [
+  ...kernelVersions.map((kernel): ModelOptions => ({ arch: 'x86_64', kernel })),
+  { arch: 'x86_64', kernel: '6.18', swProtected: false, tdp: false },
+  { arch: 'x86_64', kernel: '7.3', swProtected: false },
+  ...(['6.18', '7.1', '7.3'] as const).flatMap((kernel) =>
+    [4096, 16384, 65536].map((pageSize): ModelOptions => ({ arch: 'aarch64', kernel, pageSize })),
+  ),
+  { arch: 'aarch64', kernel: '7.3', pkvm: true },
+];
+
+function nameOf({ arch, kernel, pageSize, swProtected, tdp, pkvm }: ModelOptions): string {
+  const variant = [
+    pageSize && pageSize !== 4096 && `${pageSize / 1024} KiB pages`,
+    swProtected === false && 'no SW_PROTECTED',
+    tdp === false && 'no TDP',
+    pkvm && 'pKVM',
+  ].filter(Boolean);
+  return ['software', kernel, arch, variant.length > 0 && `(${variant.join(', ')})`].filter(Boolean).join(' ');
+}
+
+const tallies: Tally[] = [];
+for (const model of models) {
+  const name = nameOf(model);
+  await t.test(name, async (t) => {
+    const kernel = softwareKernel(model);
+    const inChild: InChild = (program, fds) => {
+      const child = kernel.fork();
+      const numbers = fds.map(({ fd }) => fd);
+      const result = program(child, numbers);
+      for (const fd of numbers) child.close(fd);
+      return result;
+    };
+    tallies.push(await conform(t, name, kernel, inChild));
+  });
+}
+publish('software', tallies);

@@ -1,8 +1,9 @@
 #include "direct_copy.h"
 
-#include <pthread.h>
 #include <signal.h>
 #include <ucontext.h>
+
+#include "syscall.h"
 
 // The kernel can copy between two ranges of this process and answer EFAULT, but it looks up every page to do so, and
 // takes three times as long as memcpy. So large copies are made here by a loop of our own, and a signal handler does
@@ -74,7 +75,6 @@ namespace {
 
 constexpr int kSignals[] = {SIGSEGV, SIGBUS};
 struct sigaction previous[2];
-bool installed = false;
 
 template <typename Context>
 auto& ProgramCounter(Context* context) {
@@ -111,30 +111,29 @@ void OnFault(int signal, siginfo_t* info, void* context) {
   }
 }
 
-void Install() {
+bool Install() {
   for (size_t index = 0; index < 2; index++) {
-    if (sigaction(kSignals[index], nullptr, &previous[index]) < 0) return;
+    if (sigaction(kSignals[index], nullptr, &previous[index]) < 0) return false;
   }
   for (size_t index = 0; index < 2; index++) {
     struct sigaction action = {};
     action.sa_sigaction = OnFault;
     action.sa_mask = previous[index].sa_mask;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | (previous[index].sa_flags & (SA_NODEFER | SA_RESTART));
-    if (sigaction(kSignals[index], &action, nullptr) < 0) return;
+    if (sigaction(kSignals[index], &action, nullptr) < 0) return false;
   }
-  installed = true;
+  return true;
 }
 
 // A fault would reach our handler: nobody has taken the signals since, and this thread does not block them.
 bool CanCatch() {
-  static pthread_once_t once = PTHREAD_ONCE_INIT;
-  pthread_once(&once, Install);
+  static const bool installed = Install();
   if (!installed) return false;
-  sigset_t blocked;
-  if (pthread_sigmask(SIG_BLOCK, nullptr, &blocked) != 0) return false;
+  uint64_t blocked = 0;
+  if (Syscall(SYS_rt_sigprocmask, SIG_BLOCK, nullptr, &blocked, sizeof blocked) < 0) return false;
   for (const int signal : kSignals) {
     struct sigaction current;
-    if (sigismember(&blocked, signal) != 0 || sigaction(signal, nullptr, &current) < 0) return false;
+    if ((blocked >> (signal - 1) & 1) != 0 || sigaction(signal, nullptr, &current) < 0) return false;
     if ((current.sa_flags & SA_SIGINFO) == 0 || current.sa_sigaction != OnFault) return false;
   }
   return true;

@@ -2,13 +2,12 @@
 //   --addon, --typescript   only that part
 
 import { spawnSync } from 'node:child_process';
-import { accessSync, chmodSync, constants, existsSync, readdirSync, statSync } from 'node:fs';
+import { chmodSync, existsSync, readdirSync, statSync } from 'node:fs';
 import { createRequire } from 'node:module';
-import { delimiter, dirname, join } from 'node:path';
-import { fileURLToPath } from 'node:url';
+import { join } from 'node:path';
 import { machineOf, machines } from './elf.mjs';
+import { gypEnvironment, missingTools, root } from './toolchain.mjs';
 
-const root = fileURLToPath(new URL('..', import.meta.url));
 const require = createRequire(import.meta.url);
 const addon = join(root, 'build/Release/guest_memfd.node');
 
@@ -43,8 +42,9 @@ function buildAddon() {
     return true;
   }
   const gyp = require.resolve('node-gyp/bin/node-gyp.js');
-  const build = spawnSync(process.execPath, [gyp, 'rebuild', ...localHeaders()], {
+  const build = spawnSync(process.execPath, [gyp, 'rebuild'], {
     cwd: root,
+    env: gypEnvironment(),
     encoding: 'utf8',
     maxBuffer: 1 << 28,
   });
@@ -55,13 +55,6 @@ function buildAddon() {
   process.stderr.write(`${build.stdout ?? ''}${build.stderr ?? ''}`);
   console.error('addon: the build failed, see above');
   return false;
-}
-
-/** The headers installed with this Node, if they are: nothing needs to be downloaded then. npm's own `nodedir` goes first. */
-function localHeaders() {
-  const prefix = join(dirname(process.execPath), '..');
-  const local = existsSync(join(prefix, 'include/node/node_api.h'));
-  return local && process.env.npm_config_nodedir === undefined ? [`--nodedir=${prefix}`] : [];
 }
 
 function buildTypeScript() {
@@ -79,29 +72,4 @@ function upToDate() {
   const built = statSync(addon).mtimeMs;
   const sources = readdirSync(join(root, 'native'), { recursive: true }).map((name) => join('native', name));
   return ['binding.gyp', ...sources].every((name) => statSync(join(root, name)).mtimeMs < built);
-}
-
-/** What a build needs, each under the names it goes by. */
-function missingTools() {
-  const tools = [
-    { name: 'a C++ compiler', programs: [process.env.CXX, 'c++', 'g++', 'clang++'] },
-    { name: 'make', programs: [process.env.MAKE, 'make'] },
-    { name: 'python3', programs: [process.env.PYTHON, process.env.npm_config_python, 'python3', 'python'] },
-  ];
-  return tools.filter(({ programs }) => !programs.some(installed)).map(({ name }) => name);
-}
-
-/** The first word of `program`, since CXX may carry flags or a wrapper, by path or on PATH. */
-function installed(program) {
-  const [name] = program?.trim().split(/\s+/) ?? [];
-  if (!name) return false;
-  const places = name.includes('/') ? [''] : (process.env.PATH ?? '').split(delimiter);
-  return places.some((place) => {
-    try {
-      accessSync(join(place, name), constants.X_OK);
-      return true;
-    } catch {
-      return false;
-    }
-  });
 }

@@ -285,6 +285,23 @@ t.test('ranges in ascending, descending and alternating order, built up and take
   }
 });
 
+t.test('a map cut anywhere, from either side', async (t) => {
+  const count = 800;
+  const full = new RangeMap<number>();
+  for (let i = 0; i < count; i++) full.set(2 * i, 2 * i + 1, i);
+  const all = ranges(full);
+  for (let cut = 0; cut <= count; cut++) {
+    const head = full.clone();
+    head.delete(2 * cut, END);
+    assert.deepEqual(ranges(head), all.slice(0, cut));
+    const tail = full.clone();
+    tail.delete(0, 2 * cut);
+    assert.deepEqual(ranges(tail), all.slice(cut));
+    assert.equal([...tail.gaps(0, 2 * count)].length, count - cut + (cut > 0 ? 1 : 0));
+  }
+  t.pass(`${count} cuts`);
+});
+
 // ── The whole universe ──
 
 t.test('bounds up to 2^53 are exact', async (t) => {

@@ -112,7 +112,8 @@ int64_t Environment::RemoveMapping(uint64_t handle) {
   if (mapping == nullptr) return -ENOMEM;
   mappings_[static_cast<size_t>(handle)] = nullptr;
   free_handles_.push_back(static_cast<uint32_t>(handle));
-  for (Window* window : mapping->windows) Detach(window);
+  // From the end, because a finalizer that runs at once puts the last window in its own place.
+  for (size_t index = mapping->windows.size(); index-- > 0;) Detach(mapping->windows[index]);
   mapping->open = false;
   Settle(mapping);
   return 0;
@@ -173,7 +174,8 @@ void Environment::Detach(Window* window) {
   bool already = true;
   if (napi_get_reference_value(env_, window->buffer, &buffer) != napi_ok || buffer == nullptr) return;
   if (napi_is_detached_arraybuffer(env_, buffer, &already) != napi_ok || already) return;
-  window->detached = napi_detach_arraybuffer(env_, buffer) == napi_ok;
+  window->detached = true;  // before, because the finalizer may run at once, and deletes the window
+  if (napi_detach_arraybuffer(env_, buffer) != napi_ok) window->detached = false;
 }
 
 int64_t Environment::Pipe(int ends[2]) {

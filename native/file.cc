@@ -128,6 +128,13 @@ int64_t Dup(Environment& environment) {
   return environment.Own(Syscall(SYS_fcntl, environment.command().i32(0), F_DUPFD_CLOEXEC, 0));
 }
 
+// Takes over an fd that is open but was not opened here; close-on-exec from now on. command: [fd]
+int64_t Adopt(Environment& environment) {
+  const int fd = environment.command().i32(0);
+  const int64_t result = Syscall(SYS_fcntl, fd, F_SETFD, FD_CLOEXEC);
+  return result < 0 ? result : environment.Own(fd);
+}
+
 // close(2) of an fd this environment opened; of any other: EBADF. command: [fd]
 int64_t Close(Environment& environment) {
   const int fd = environment.command().i32(0);
@@ -153,6 +160,7 @@ constexpr Function kTable[] = {
     {"epollCreate1", Invoke<EpollCreate1>},
     {"epollCtl", Invoke<EpollCtl>},
     {"dup", Invoke<Dup>},
+    {"adopt", Invoke<Adopt>},
     {"close", Invoke<Close>},
 };
 

@@ -1,0 +1,217 @@
+import { KvmError, systemError } from './errors.ts';
+import { formatBytes } from './format.ts';
+import type { FileRange } from './guest_range.ts';
+import { keptAlive, refuseIfInUse, residentBytes, WINDOW_MAX } from './host_memory.ts';
+import type { Kernel, Result } from './kernel/kernel.ts';
+import type { Memslot } from './memslot.ts';
+import { RangeMap } from './ranges.ts';
+import { guardConstructor, type internal, Resource } from './resource.ts';
+import {
+  ERRNO,
+  FALLOC_FL_KEEP_SIZE,
+  FALLOC_FL_PUNCH_HOLE,
+  GUEST_MEMFD_FLAG_INIT_SHARED,
+  GUEST_MEMFD_FLAG_MMAP,
+  MAP_SHARED,
+  PROT_READ,
+  PROT_WRITE,
+} from './uapi.ts';
+import { fileRange, options, rangeError } from './validate.ts';
+import type { Vm } from './vm.ts';
+
+const PUNCH = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE;
+
+/**
+ * A file whose pages are memory of one VM. Its size is fixed; pages come into being when the guest touches them, when the host may and does,
+ * or by allocate(). The host can neither read nor write it, except through a view where it was created for that.
+ *
+ * @see KVM_CREATE_GUEST_MEMFD, Linux 6.8; on arm64 6.18
+ */
+export class GuestMemfd extends Resource {
+  /** Bytes. */
+  readonly size: number;
+  /** GUEST_MEMFD_FLAG_MMAP 1, GUEST_MEMFD_FLAG_INIT_SHARED 2. */
+  readonly flags: bigint;
+  readonly #kernel: Kernel;
+  readonly #vm: Vm;
+  readonly #fd: number;
+  readonly #slots = new Set<Memslot>();
+  readonly #pins = new RangeMap<number>();
+  readonly #mapping: { handle: number };
+
+  /** @internal */
+  constructor(token: typeof internal, vm: Vm, kernel: Kernel, file: { fd: number; size: number; flags: bigint }) {
+    guardConstructor(token, 'vm.createGuestMemfd()');
+    const { fd } = file;
+    const mapping = { handle: -1 };
+    super(vm, `guest_memfd (fd ${fd}, ${formatBytes(file.size)})`, () => {
+      if (mapping.handle >= 0) kernel.munmap(mapping.handle);
+      kernel.close(fd);
+    });
+    this.#kernel = kernel;
+    this.#vm = vm;
+    this.#fd = fd;
+    this.#mapping = mapping;
+    this.size = file.size;
+    this.flags = file.flags;
+  }
+
+  /** On KVM a file descriptor of this process, with FD_CLOEXEC; closed by close() and by nobody else. */
+  get fd(): number {
+    this.assertOpen();
+    return this.#fd;
+  }
+
+  /**
+   * Makes pages exist. What they hold stays; new ones read as zeros.
+   *
+   * @param range Bytes of the file, page-aligned; the whole file when omitted.
+   * @throws KvmError `EINVAL` unaligned range · `ENOMEM`, `EINTR` (the pages allocated so far stay) · `ERR_CLOSED`
+   * @see fallocate(2) with FALLOC_FL_KEEP_SIZE
+   */
+  allocate(range?: FileRange): void {
+    this.#fallocate(FALLOC_FL_KEEP_SIZE, range);
+  }
+
+  /**
+   * Gives pages of the file back to the host. The guest loses its mappings first; its next access reads zeros.
+   *
+   * @param range Bytes of the file, page-aligned; the whole file when omitted.
+   * @throws KvmError `EINVAL` unaligned range · `ERR_CLOSED`
+   * @see fallocate(2) with FALLOC_FL_PUNCH_HOLE; guest_memfd since Linux 6.8
+   */
+  punchHole(range?: FileRange): void {
+    this.#fallocate(PUNCH, range);
+  }
+
+  /**
+   * A live view of the file, for a file created with `mmap` and `initShared` only: touching any other would kill the process. Detached
+   * (length 0) by close().
+   *
+   * @param range Bytes, at most 4 GiB; the whole file when omitted.
+   * @throws KvmError `UNSUPPORTED` where the file is not for the host · `ERR_CLOSED`
+   * @see mmap(2); GUEST_MEMFD_FLAG_MMAP and _INIT_SHARED, Linux 6.18
+   */
+  bytes(range?: FileRange): Uint8Array {
+    this.assertOpen();
+    const { offset, size } = fileRange('range', range, this.size);
+    if (size > WINDOW_MAX) throw rangeError(`a view has at most ${formatBytes(WINDOW_MAX)}; ask for a part`);
+    if (!this.#hostAccessible) {
+      throw KvmError.unsupported(
+        'this guest_memfd is not for the host: create it with { mmap: true, initShared: true } (Linux 6.18)',
+      );
+    }
+    const view = this.#kernel.window(this.#map(), offset, size);
+    keptAlive.set(view.buffer, this);
+    return view;
+  }
+
+  /**
+   * Bytes of the file that really occupy memory. st_blocks would not tell: it is always 0.
+   *
+   * @param range Bytes; the whole file when omitted.
+   * @throws KvmError `UNSUPPORTED` where neither call is allowed · `ERR_CLOSED`
+   * @see cachestat(2), Linux 6.5, which needs no mapping; mincore(2) where a sandbox forbids it
+   */
+  residentBytes(range?: FileRange): number {
+    this.assertOpen();
+    const { offset, size } = fileRange('range', range, this.size);
+    const status: { cache?: number } = {};
+    const result = this.#kernel.cachestat(this.#fd, offset, size, status);
+    if (result >= 0) return (status.cache ?? 0) * this.#kernel.pageSize;
+    if (result !== -ERRNO.ENOSYS && result !== -ERRNO.EPERM) this.#check(result, 'cachestat', { offset, size });
+    if (this.flags & BigInt(GUEST_MEMFD_FLAG_MMAP)) return residentBytes(this.#kernel, this.#map(), { offset, size });
+    throw KvmError.unsupported(
+      'cachestat(2) is not available here (Linux 6.5, or a sandbox forbids it), and the file cannot be mapped for mincore(2)',
+    );
+  }
+
+  /**
+   * Records that something outside the guest uses these pages. While the pin is held, converting guest memory that lies on them to private
+   * fails with `EAGAIN` and the file offset in `errorOffset`.
+   *
+   * @param range Bytes of the file.
+   * @returns The pin; dispose of it to let go.
+   */
+  pin(range: FileRange): Disposable {
+    this.assertOpen();
+    const { offset, size } = fileRange('range', options('range', range), this.size);
+    const pins = this.#pins;
+    let held = true;
+    count(pins, offset, offset + size, 1);
+    return {
+      [Symbol.dispose]() {
+        if (held) count(pins, offset, offset + size, -1);
+        held = false;
+      },
+    };
+  }
+
+  /**
+   * Frees the file's memory and detaches its views. `Symbol.dispose` does the same, and removes the memslots bound to it first.
+   *
+   * @throws KvmError `EBUSY` while a memslot is bound to it
+   */
+  override close(): void {
+    refuseIfInUse(this.#slots, `guest_memfd fd ${this.#fd}`);
+    super.close();
+  }
+
+  override [Symbol.dispose](): void {
+    for (const slot of this.#slots) slot.remove();
+    super.close();
+  }
+
+  protected override closeWithOwner(): void {
+    super.close();
+  }
+
+  /** @internal */
+  get backing() {
+    return {
+      vm: this.#vm,
+      fd: this.#fd,
+      slots: this.#slots,
+      /** The guest always sees the file's pages through a slot, never the slot's host memory. Contract §6. */
+      gmemOnly: (this.flags & BigInt(GUEST_MEMFD_FLAG_MMAP)) !== 0n,
+      hostAccessible: this.#hostAccessible,
+      map: () => this.#map(),
+      assertOpen: () => this.assertOpen(),
+      firstPin: (start: number, end: number): number | undefined => this.#pins.within(start, end).next().value?.start,
+    };
+  }
+
+  get #hostAccessible(): boolean {
+    const both = BigInt(GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED);
+    return (this.flags & both) === both;
+  }
+
+  #map(): number {
+    if (this.#mapping.handle < 0) {
+      const args = { length: this.size, prot: PROT_READ | PROT_WRITE, flags: MAP_SHARED, fd: this.#fd, offset: 0 };
+      this.#mapping.handle = this.#check(this.#kernel.mmap(args), 'mmap', { size: this.size });
+    }
+    return this.#mapping.handle;
+  }
+
+  #fallocate(mode: number, range?: FileRange): void {
+    this.assertOpen();
+    const { offset, size } = fileRange('range', range, this.size);
+    this.#check(this.#kernel.fallocate(this.#fd, mode, offset, size), 'fallocate', { mode, offset, length: size });
+  }
+
+  #check(result: Result, syscall: string, args: Readonly<Record<string, unknown>>): number {
+    if (result < 0) throw systemError(result, { syscall, args }, this.#kernel.explain());
+    return result;
+  }
+}
+
+/** Adds to a number kept for every byte of a range. */
+function count(counts: RangeMap<number>, start: number, end: number, by: number): void {
+  const pieces = [...counts.within(start, end)];
+  const gaps = [...counts.gaps(start, end)].map((gap) => ({ ...gap, value: 0 }));
+  for (const piece of [...pieces, ...gaps]) {
+    if (piece.value + by > 0) counts.set(piece.start, piece.end, piece.value + by);
+    else counts.delete(piece.start, piece.end);
+  }
+}

@@ -1,0 +1,180 @@
+import { types } from 'node:util';
+import { KvmError } from './errors.ts';
+import { formatRange } from './format.ts';
+import { WINDOW_MAX } from './host_memory.ts';
+import type { Kernel } from './kernel/kernel.ts';
+import type { Memslot } from './memslot.ts';
+import { guardConstructor, type internal } from './resource.ts';
+import { ERRNO, errnoName } from './uapi.ts';
+import { integer, rangeError, typeError } from './validate.ts';
+import type { Vm } from './vm.ts';
+
+/** Bytes of one mapping that a guest address range shows. */
+interface Piece {
+  readonly mapping: number;
+  readonly offset: number;
+  readonly size: number;
+  /** What a view of it must keep alive. */
+  readonly owner: object;
+}
+
+interface View {
+  readonly address: number;
+  readonly bytes: Uint8Array;
+}
+
+/** What GuestMemory needs of its VM. */
+export interface MemoryOwner {
+  readonly vm: Vm;
+  readonly kernel: Kernel;
+  assertOpen(): void;
+}
+
+/**
+ * The guest's memory by guest physical address, as the host may see it: the shared side of every memslot of address space 0. Reads and writes
+ * copy through a path the kernel guards, so a page that is not there for the host is an error and never a signal.
+ */
+export class GuestMemory {
+  readonly #owner: MemoryOwner;
+  readonly #views = new Set<View>();
+
+  /** @internal */
+  constructor(token: typeof internal, owner: MemoryOwner) {
+    guardConstructor(token, 'vm.memory');
+    this.#owner = owner;
+  }
+
+  /**
+   * Copies bytes out of the guest's memory.
+   *
+   * @param address Guest physical address in bytes; any alignment.
+   * @param length Bytes.
+   * @throws KvmError `EFAULT`, naming the range and why, if any byte is private, has no memslot, or is not for the host · `ERR_CLOSED`
+   */
+  read(address: number, length: number): Uint8Array {
+    this.#owner.assertOpen();
+    const pieces = this.#plan(address, length, 'read');
+    return this.#copyOut(address, pieces, new Uint8Array(length));
+  }
+
+  /** The same into a buffer of the caller's. @returns the bytes copied: all of `target`. */
+  readInto(address: number, target: Uint8Array): number {
+    this.#owner.assertOpen();
+    const pieces = this.#plan(address, bytes('target', target).length, 'read');
+    return this.#copyOut(address, pieces, target).length;
+  }
+
+  /**
+   * Copies bytes into the guest's memory, read-only slots included. Nothing is written unless all of it can be.
+   *
+   * @param address Guest physical address in bytes; any alignment.
+   * @throws KvmError `EFAULT` as for read() · `ERR_CLOSED`
+   */
+  write(address: number, data: Uint8Array): void {
+    this.#owner.assertOpen();
+    let position = 0;
+    for (const { mapping, offset, size } of this.#plan(address, bytes('data', data).length, 'write')) {
+      const copied = this.#owner.kernel.poke(mapping, offset, data.subarray(position, position + size));
+      if (copied < size)
+        throw this.#fault('write', address + position + Math.max(0, copied), size, 'the host has no page there');
+      position += size;
+    }
+  }
+
+  /**
+   * The bytes themselves, without a copy: of one memslot, and only where a touch cannot fault. The view is detached (length 0) when that stops
+   * being true: when a part of it becomes private, its slot is removed or moved, or its memory is closed.
+   *
+   * @param address Guest physical address in bytes; any alignment.
+   * @param length Bytes, at most 4 GiB.
+   * @throws KvmError `EFAULT` as for read(), or across a border of memslots · `ERR_CLOSED`
+   */
+  view(address: number, length: number): Uint8Array {
+    this.#owner.assertOpen();
+    if (integer('length', length, 1) > WINDOW_MAX) throw rangeError('a view has at most 4 GiB; ask for a part');
+    const [piece, next] = this.#plan(address, length, 'view');
+    if (!piece || next)
+      throw this.#fault('view', address, length, 'it lies in more than one memslot: read() copies across them');
+    for (const view of this.#views) {
+      if (view.bytes.length === 0) this.#views.delete(view);
+      else if (view.address === address && view.bytes.length === length) return view.bytes;
+    }
+    const view = { address, bytes: this.#owner.kernel.window(piece.mapping, piece.offset, length, true) };
+    keepAlive.set(view.bytes.buffer, piece.owner);
+    this.#views.add(view);
+    return view.bytes;
+  }
+
+  /** @internal */
+  detachViews(address: number, size: number): void {
+    for (const view of this.#views) {
+      if (view.bytes.length === 0) this.#views.delete(view);
+      else if (view.address < address + size && address < view.address + view.bytes.length) {
+        this.#owner.kernel.releaseWindow(view.bytes);
+        this.#views.delete(view);
+      }
+    }
+  }
+
+  #copyOut(address: number, pieces: readonly Piece[], target: Uint8Array): Uint8Array {
+    let position = 0;
+    for (const { mapping, offset, size } of pieces) {
+      const copied = this.#owner.kernel.peek(mapping, offset, target.subarray(position, position + size));
+      if (copied < size)
+        throw this.#fault('read', address + position + Math.max(0, copied), size, 'the host has no page there');
+      position += size;
+    }
+    return target;
+  }
+
+  /** Every byte has a slot, is shared, and is memory the host may touch: or the first that does not is the error. */
+  #plan(address: number, length: number, what: string): Piece[] {
+    integer('address', address);
+    integer('length', length);
+    if (!Number.isSafeInteger(address + length)) throw rangeError('the range ends past 2^53-1');
+    const { vm } = this.#owner;
+    const pieces: Piece[] = [];
+    for (let at = address; at < address + length; ) {
+      const slot = vm.memslotAt(at);
+      if (!slot) throw this.#fault(what, at, address + length - at, 'no memslot is there');
+      const end = Math.min(address + length, slot.address + slot.size);
+      const [secret] = vm.attributes.privateRanges({ address: at, size: end - at });
+      const why = secret && !slot.guestMemfd?.backing.gmemOnly ? 'it is private' : undefined;
+      if (secret && why)
+        throw this.#fault(what, secret.address > at ? secret.address : at, Math.min(secret.size, end - at), why);
+      pieces.push(this.#piece(slot, at, end - at, what));
+      at = end;
+    }
+    return pieces;
+  }
+
+  #piece(slot: Memslot, address: number, size: number, what: string): Piece {
+    const { guestMemfd, hostMemory } = slot;
+    const inSlot = address - slot.address;
+    if (guestMemfd?.backing.gmemOnly) {
+      const { hostAccessible, map } = guestMemfd.backing;
+      if (!hostAccessible)
+        throw this.#fault(what, address, size, `the guest_memfd of slot ${slot.slot} was created without initShared`);
+      return { mapping: map(), offset: slot.guestMemfdOffset + inSlot, size, owner: guestMemfd };
+    }
+    if (!hostMemory) throw this.#fault(what, address, size, `slot ${slot.slot} has no host memory`);
+    return { mapping: hostMemory.backing.mapping, offset: slot.hostOffset + inSlot, size, owner: hostMemory };
+  }
+
+  #fault(what: string, address: number, size: number, why: string): KvmError {
+    return new KvmError({
+      code: errnoName(ERRNO.EFAULT),
+      errno: -ERRNO.EFAULT,
+      message: `cannot ${what} guest memory ${formatRange(address, size)}: ${why} (EFAULT)`,
+      args: { address, size },
+      errorOffset: address,
+    });
+  }
+}
+
+const keepAlive = new WeakMap<ArrayBufferLike, object>();
+
+function bytes(name: string, value: Uint8Array): Uint8Array {
+  if (!types.isUint8Array(value)) throw typeError(`${name} must be a Uint8Array`);
+  return value;
+}

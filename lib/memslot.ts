@@ -1,0 +1,348 @@
+import { KvmError, systemError } from './errors.ts';
+import type { GuestMemfd } from './guest_memfd.ts';
+import type { FileRange } from './guest_range.ts';
+import type { HostMemory } from './host_memory.ts';
+import type { Kernel, Result } from './kernel/kernel.ts';
+import type { RangeMap } from './ranges.ts';
+import { guardConstructor, type internal } from './resource.ts';
+import { GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY } from './uapi.ts';
+import { boolean, fileRange, integer, options, rangeError, typeError } from './validate.ts';
+import type { Vm } from './vm.ts';
+
+export interface MemslotOptions {
+  /** The lowest free number when omitted. */
+  readonly slot?: number;
+  /** 1 is system management mode, on x86_64 VMs that have it. Default 0. */
+  readonly addressSpace?: number;
+  /** Guest physical address: bytes, page-aligned. */
+  readonly address: number;
+  /** Bytes, page-aligned; at most 2^31-1 pages. */
+  readonly size: number;
+  /** The shared side. Needed unless there is a guestMemfd. */
+  readonly hostMemory?: HostMemory;
+  /** Bytes, page-aligned. */
+  readonly hostOffset?: number;
+  /** The private side; for a file created with `mmap`, all the guest sees. */
+  readonly guestMemfd?: GuestMemfd;
+  /** Bytes, page-aligned. */
+  readonly guestMemfdOffset?: number;
+  /** Guest writes become MMIO exits. Not with a guestMemfd. */
+  readonly readonly?: boolean;
+  /** Not with a guestMemfd. */
+  readonly logDirtyPages?: boolean;
+}
+
+/** What Memslot needs of its VM, and nobody outside this package can reach. */
+export interface SlotOwner {
+  readonly vm: Vm;
+  readonly kernel: Kernel;
+  readonly fd: number;
+  assertOpen(): void;
+  /** Throws EBUSY while a conversion works on the range. */
+  assertIdle(address: number, size: number): void;
+  /** Detaches the views on the range. */
+  detachViews(address: number, size: number): void;
+  readonly slots: Map<number, Memslot>;
+  /** Slots of address space 0 by guest physical address. */
+  readonly byAddress: RangeMap<Memslot>;
+}
+
+interface Placement {
+  address: number;
+  readonly size: number;
+  readonly hostMemory: HostMemory | null;
+  readonly hostOffset: number;
+  readonly guestMemfd: GuestMemfd | null;
+  readonly guestMemfdOffset: number;
+  readonly readonly: boolean;
+  logDirtyPages: boolean;
+}
+
+/**
+ * Guest memory at a guest physical address, backed by host memory, by a guest_memfd, or by both (then an attribute decides, page by page,
+ * which one the guest sees).
+ *
+ * @see KVM_SET_USER_MEMORY_REGION; KVM_SET_USER_MEMORY_REGION2, Linux 6.8
+ */
+export class Memslot implements Disposable {
+  /** The slot's number; of another address space than 0 with that in bits 31–16, as the kernel has it. */
+  readonly slot: number;
+  readonly #owner: SlotOwner;
+  readonly #placement: Placement;
+  readonly #userspaceAddr: bigint;
+  #removed = false;
+
+  /** @internal */
+  static create(token: typeof internal, owner: SlotOwner, given: MemslotOptions): Memslot {
+    const read = { ...options('options', given) };
+    const addressSpace = integer('addressSpace', read.addressSpace ?? 0, 0, 0xffff);
+    const number =
+      read.slot === undefined ? freeSlot(owner.slots, addressSpace) : integer('slot', read.slot, 0, 0xffff);
+    const hostMemory = read.hostMemory ?? null;
+    const guestMemfd = read.guestMemfd ?? null;
+    const placement: Placement = {
+      address: integer('address', read.address),
+      size: integer('size', read.size, 1),
+      hostMemory,
+      hostOffset: integer('hostOffset', read.hostOffset ?? 0),
+      guestMemfd,
+      guestMemfdOffset: integer('guestMemfdOffset', read.guestMemfdOffset ?? 0),
+      readonly: boolean('readonly', read.readonly ?? false),
+      logDirtyPages: boolean('logDirtyPages', read.logDirtyPages ?? false),
+    };
+    checkBacking(owner.vm, placement);
+    return new Memslot(token, owner, number | (addressSpace << 16), placement);
+  }
+
+  /** @internal */
+  constructor(token: typeof internal, owner: SlotOwner, slot: number, placement: Placement) {
+    guardConstructor(token, 'vm.createMemslot()');
+    this.slot = slot >>> 0;
+    this.#owner = owner;
+    this.#placement = placement;
+    if (owner.slots.has(this.slot)) {
+      throw new KvmError({
+        code: 'EEXIST',
+        message: `memslot ${this.slot} exists: remove it first, or leave the number to the library`,
+      });
+    }
+    this.#userspaceAddr = userspaceAddr(owner.kernel, placement);
+    this.#setRegion(placement.address, placement.size, placement.logDirtyPages);
+    owner.slots.set(this.slot, this);
+    this.#appear();
+    placement.hostMemory?.backing.slots.add(this);
+    placement.guestMemfd?.backing.slots.add(this);
+  }
+
+  /** Guest physical address, in bytes. */
+  get address(): number {
+    return this.#placement.address;
+  }
+
+  /** Bytes. */
+  get size(): number {
+    return this.#placement.size;
+  }
+
+  get readonly(): boolean {
+    return this.#placement.readonly;
+  }
+
+  get logDirtyPages(): boolean {
+    return this.#placement.logDirtyPages;
+  }
+
+  get guestMemfd(): GuestMemfd | null {
+    return this.#placement.guestMemfd;
+  }
+
+  /** Bytes of the file before the slot's first. */
+  get guestMemfdOffset(): number {
+    return this.#placement.guestMemfdOffset;
+  }
+
+  get hostMemory(): HostMemory | null {
+    return this.#placement.hostMemory;
+  }
+
+  /** Bytes of the host memory before the slot's first. */
+  get hostOffset(): number {
+    return this.#placement.hostOffset;
+  }
+
+  /** Whether the slot was removed, by remove() or with its VM. */
+  get removed(): boolean {
+    return this.#removed;
+  }
+
+  /**
+   * Moves the slot to another guest physical address; pending dirty pages move along.
+   *
+   * @param address Bytes, page-aligned.
+   * @throws KvmError `EINVAL` a slot with a guest_memfd cannot move · `EEXIST` another slot is there · `EBUSY` a conversion is at work ·
+   *   `ERR_CLOSED`
+   */
+  move(address: number): void {
+    this.#assertThere();
+    integer('address', address);
+    this.#owner.assertIdle(this.address, this.size);
+    this.#setRegion(address, this.size, this.logDirtyPages);
+    this.#disappear();
+    this.#placement.address = address;
+    this.#appear();
+  }
+
+  /**
+   * Starts or stops recording which pages the guest writes. Pages recorded and not yet read are lost when it stops.
+   *
+   * @throws KvmError `EINVAL` a slot with a guest_memfd cannot log · `ERR_CLOSED`
+   */
+  setLogDirtyPages(on: boolean): void {
+    this.#assertThere();
+    this.#setRegion(this.address, this.size, boolean('on', on));
+    this.#placement.logDirtyPages = on;
+  }
+
+  /**
+   * The pages the guest wrote, relative to the slot's start. Unless the VM has manual dirty-log protection (capability 168), this also
+   * starts a new round: a second call returns only what was written since.
+   *
+   * @throws KvmError `ENOENT` without logDirtyPages · `ENXIO` the VM uses a dirty ring · `ERR_CLOSED`
+   * @see KVM_GET_DIRTY_LOG
+   */
+  dirtyPages(): number[] {
+    this.#assertThere();
+    const bitmap = new Uint8Array(Math.ceil(this.#pages / 64) * 8);
+    const { kernel, fd } = this.#owner;
+    this.#check(kernel.getDirtyLog(fd, { slot: this.slot, dirtyBitmap: bitmap }), 'KVM_GET_DIRTY_LOG', {});
+    const pages: number[] = [];
+    bitmap.forEach((byte, index) => {
+      for (let bit = 0; byte >> bit; bit++) if ((byte >> bit) & 1) pages.push(index * 8 + bit);
+    });
+    return pages;
+  }
+
+  /**
+   * Forgets that pages were written, so that the next write is recorded again.
+   *
+   * @param range Bytes of the slot, page-aligned; all of it when omitted.
+   * @throws KvmError `ENOENT` without logDirtyPages · `ENXIO` the VM uses a dirty ring · `ERR_CLOSED` · RangeError `ERR_OUT_OF_RANGE`
+   * @see KVM_CLEAR_DIRTY_LOG, Linux 5.0
+   */
+  clearDirtyPages(range?: FileRange): void {
+    this.#assertThere();
+    const { kernel, fd } = this.#owner;
+    const { offset, size } = fileRange('range', range, this.size);
+    if (offset % kernel.pageSize || size % kernel.pageSize)
+      throw rangeError(`range must be made of whole pages, got ${offset}, +${size}`);
+    const first = offset / kernel.pageSize;
+    const end = first + size / kernel.pageSize;
+    // The call takes whole groups of 64 pages; the bitmap says which of them are meant.
+    const firstPage = first - (first % 64);
+    const numPages = Math.min(this.#pages, Math.ceil(end / 64) * 64) - firstPage;
+    const dirtyBitmap = new Uint8Array(Math.ceil(numPages / 64) * 8);
+    for (let page = first - firstPage; page < end - firstPage; page++) {
+      dirtyBitmap[page >> 3] = (dirtyBitmap[page >> 3] as number) | (1 << (page & 7));
+    }
+    this.#check(
+      kernel.clearDirtyLog(fd, { slot: this.slot, numPages, firstPage, dirtyBitmap }),
+      'KVM_CLEAR_DIRTY_LOG',
+      { firstPage, numPages },
+    );
+  }
+
+  /**
+   * Takes the memory away from the guest. What the host memory and the guest_memfd hold stays. A second call does nothing.
+   *
+   * @throws KvmError `EBUSY` a conversion is at work on it
+   */
+  remove(): void {
+    if (this.#removed || this.#owner.vm.closed) return;
+    this.#owner.assertIdle(this.address, this.size);
+    this.#setRegion(this.address, 0, false);
+    this.#gone();
+  }
+
+  [Symbol.dispose](): void {
+    this.remove();
+  }
+
+  /** @internal The VM is gone, and every slot with it. */
+  removedWithVm(): void {
+    this.#gone();
+  }
+
+  get #pages(): number {
+    return this.size / this.#owner.kernel.pageSize;
+  }
+
+  #appear(): void {
+    if (this.slot < 0x10000) this.#owner.byAddress.set(this.address, this.address + this.size, this);
+  }
+
+  #disappear(): void {
+    if (this.slot >= 0x10000) return;
+    this.#owner.detachViews(this.address, this.size);
+    this.#owner.byAddress.delete(this.address, this.address + this.size);
+  }
+
+  #gone(): void {
+    const { hostMemory, guestMemfd } = this.#placement;
+    this.#removed = true;
+    this.#disappear();
+    this.#owner.slots.delete(this.slot);
+    hostMemory?.backing.slots.delete(this);
+    guestMemfd?.backing.slots.delete(this);
+  }
+
+  #assertThere(): void {
+    this.#owner.assertOpen();
+    if (this.#removed) throw KvmError.closed(`memslot ${this.slot}`);
+  }
+
+  #setRegion(address: number, memorySize: number, logDirtyPages: boolean): void {
+    const { kernel, fd } = this.#owner;
+    const { guestMemfd, guestMemfdOffset, readonly } = this.#placement;
+    const flags =
+      (readonly ? KVM_MEM_READONLY : 0) |
+      (logDirtyPages ? KVM_MEM_LOG_DIRTY_PAGES : 0) |
+      (guestMemfd ? KVM_MEM_GUEST_MEMFD : 0);
+    const region = { slot: this.slot, flags, guestPhysAddr: address, memorySize, userspaceAddr: this.#userspaceAddr };
+    if (guestMemfd && memorySize > 0) {
+      const bound = { ...region, guestMemfd: guestMemfd.backing.fd, guestMemfdOffset };
+      this.#check(kernel.setUserMemoryRegion2(fd, bound), 'KVM_SET_USER_MEMORY_REGION2', { ...bound });
+    } else {
+      const plain = memorySize > 0 ? region : { ...region, flags: 0 };
+      this.#check(kernel.setUserMemoryRegion(fd, plain), 'KVM_SET_USER_MEMORY_REGION', { ...plain });
+    }
+  }
+
+  #check(result: Result, request: string, args: Readonly<Record<string, unknown>>): void {
+    if (result < 0) throw systemError(result, { syscall: 'ioctl', request, args }, this.#owner.kernel.explain());
+  }
+}
+
+function freeSlot(slots: ReadonlyMap<number, Memslot>, addressSpace: number): number {
+  let slot = 0;
+  while (slots.has((slot | (addressSpace << 16)) >>> 0)) slot++;
+  return slot;
+}
+
+function checkBacking(vm: Vm, { size, hostMemory, hostOffset, guestMemfd, guestMemfdOffset }: Placement): void {
+  if (!hostMemory && !guestMemfd) throw typeError('a memslot needs hostMemory, a guestMemfd, or both');
+  if (hostMemory) {
+    const { kvm, assertOpen } = hostMemory.backing;
+    assertOpen();
+    if (kvm !== vm.kvm)
+      throw new KvmError({
+        code: 'EINVAL',
+        message: 'the host memory belongs to another Kvm: create it with this one',
+      });
+    if (hostOffset + size > hostMemory.size) {
+      throw rangeError(
+        `hostOffset + size is ${hostOffset + size}, past the end of the host memory, ${hostMemory.size}`,
+      );
+    }
+  }
+  if (guestMemfd) {
+    guestMemfd.backing.assertOpen();
+    if (guestMemfd.backing.vm !== vm) {
+      throw new KvmError({
+        code: 'EINVAL',
+        message: 'the guest_memfd belongs to another VM: a file serves the VM that created it',
+      });
+    }
+    if (guestMemfdOffset + size > guestMemfd.size) {
+      throw rangeError(
+        `guestMemfdOffset + size is ${guestMemfdOffset + size}, past the end of the guest_memfd, ${guestMemfd.size}`,
+      );
+    }
+  }
+}
+
+/** Where KVM's own accesses go: for a file the host can map, the file itself, so that they see what the guest sees. Contract §13.5. */
+function userspaceAddr(kernel: Kernel, { hostMemory, hostOffset, guestMemfd, guestMemfdOffset }: Placement): bigint {
+  if (hostMemory) return hostMemory.address + BigInt(hostOffset);
+  const mappable = guestMemfd && guestMemfd.flags & BigInt(GUEST_MEMFD_FLAG_MMAP);
+  return mappable ? kernel.addressOf(guestMemfd.backing.map()) + BigInt(guestMemfdOffset) : 0n;
+}

@@ -1,0 +1,76 @@
+import { KvmError } from './errors.ts';
+import { typeError } from './validate.ts';
+
+/** What only the classes of this package may hand to a constructor. */
+export const internal: unique symbol = Symbol('guest-memfd');
+
+export function guardConstructor(token: unknown, instead: string): void {
+  if (token !== internal) throw typeError(`Illegal constructor: use ${instead}`);
+}
+
+interface Net {
+  readonly what: string;
+  readonly release: () => void;
+  readonly forget: () => void;
+}
+
+/** Closes what was dropped without close(): a safety net, not a way of life. */
+const net = new FinalizationRegistry<Net>(({ what, release, forget }) => {
+  forget();
+  release();
+  process.emitWarning(`${what} was garbage-collected without close(); it is closed now`, { code: 'GUEST_MEMFD_LEAK' });
+});
+
+/**
+ * Something of the kernel that is ours until it is closed. Owners know their resources weakly and close them first; a resource keeps
+ * its owner alive.
+ */
+export abstract class Resource implements Disposable {
+  readonly #what: string;
+  readonly #release: () => void;
+  readonly #forget: () => void;
+  readonly #children = new Set<WeakRef<Resource>>();
+  #closed = false;
+
+  /**
+   * @param what As messages name it.
+   * @param release Gives it back to the kernel. It must not refer to the object, or the object would never be collected.
+   */
+  protected constructor(owner: Resource | null, what: string, release: () => void) {
+    this.#what = what;
+    this.#release = release;
+    const siblings = owner ? owner.#children : null;
+    const self = new WeakRef<Resource>(this);
+    siblings?.add(self);
+    this.#forget = () => siblings?.delete(self);
+    net.register(this, { what, release, forget: this.#forget }, this);
+  }
+
+  get closed(): boolean {
+    return this.#closed;
+  }
+
+  /** Closes what it owns, then itself. A second call does nothing. */
+  close(): void {
+    if (this.#closed) return;
+    for (const child of this.#children) child.deref()?.closeWithOwner();
+    this.#closed = true;
+    net.unregister(this);
+    this.#forget();
+    this.#release();
+  }
+
+  [Symbol.dispose](): void {
+    this.close();
+  }
+
+  /** A close that cannot be refused, because the owner goes as well. */
+  protected closeWithOwner(): void {
+    this.close();
+  }
+
+  /** @throws KvmError `ERR_CLOSED` */
+  protected assertOpen(): void {
+    if (this.#closed) throw KvmError.closed(this.#what);
+  }
+}

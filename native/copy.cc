@@ -18,6 +18,11 @@ constexpr size_t kPipe = size_t{1} << 16;
 // From here on touching the memory is faster than asking the kernel, the questions before it included.
 constexpr size_t kDirect = size_t{1} << 12;
 
+size_t ToPageEnd(const uint8_t* address) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return page - reinterpret_cast<uintptr_t>(address) % page;
+}
+
 std::atomic<bool> process_vm_works = true;
 
 // The kernel copies from this process to this process: it looks up the pages of the source and faults on neither side.
@@ -34,27 +39,38 @@ int64_t ProcessVmCopy(uint8_t* target, const uint8_t* source, size_t size) {
   return static_cast<int64_t>(done);
 }
 
-// Where process_vm_readv is not built in or not allowed: write(2) to a pipe and read(2) back, which answer EFAULT too.
-int64_t PipeCopy(Environment& environment, uint8_t* target, const uint8_t* source, size_t size) {
+// write(2) to a pipe and read(2) back, which answer EFAULT too; bytes copied, or -errno.
+int64_t PassThroughPipe(Environment& environment, uint8_t* target, const uint8_t* source, size_t size) {
   int ends[2];
   const int64_t opened = environment.Pipe(ends);
   if (opened < 0) return opened;
+  const ssize_t written = write(ends[1], source, size);
+  if (written < 0) return -errno;
+  size_t done = 0;
+  while (done < static_cast<size_t>(written)) {
+    const ssize_t got = read(ends[0], target + done, static_cast<size_t>(written) - done);
+    if (got <= 0) {
+      const int64_t error = -errno;
+      environment.DropPipe();
+      return done > 0 ? static_cast<int64_t>(done) : error;
+    }
+    done += static_cast<size_t>(got);
+  }
+  return static_cast<int64_t>(done);
+}
+
+// Where process_vm_readv is not built in or not allowed.
+int64_t PipeCopy(Environment& environment, uint8_t* target, const uint8_t* source, size_t size) {
   size_t done = 0;
   while (done < size) {
-    const ssize_t written = write(ends[1], source + done, std::min(size - done, kPipe));
-    if (written <= 0) return done > 0 ? static_cast<int64_t>(done) : -errno;
-    size_t taken = 0;
-    while (taken < static_cast<size_t>(written)) {
-      const ssize_t got = read(ends[0], target + done + taken, static_cast<size_t>(written) - taken);
-      if (got <= 0) {
-        const int64_t error = -errno;
-        environment.DropPipe();
-        done += taken;
-        return done > 0 ? static_cast<int64_t>(done) : error;
-      }
-      taken += static_cast<size_t>(got);
+    int64_t copied = PassThroughPipe(environment, target + done, source + done, std::min(size - done, kPipe));
+    // A pipe takes nothing of a piece that faults anywhere: try what comes before the next page of either side.
+    if (copied <= 0) {
+      const size_t piece = std::min(ToPageEnd(target + done), ToPageEnd(source + done));
+      if (piece < size - done) copied = PassThroughPipe(environment, target + done, source + done, piece);
     }
-    done += taken;
+    if (copied <= 0) return done > 0 ? static_cast<int64_t>(done) : copied;
+    done += static_cast<size_t>(copied);
   }
   return static_cast<int64_t>(done);
 }

@@ -11,6 +11,7 @@ const root = fileURLToPath(new URL('..', import.meta.url));
 const require = createRequire(import.meta.url);
 const results = join(root, '.tap/results.tap');
 const conformance = join(root, '.tap/conformance');
+const FAILURES_SHOWN = 40;
 
 build('--typescript');
 build('--addon');
@@ -20,6 +21,7 @@ rmSync(conformance, { recursive: true, force: true });
 mkdirSync(dirname(results), { recursive: true });
 
 const status = runTap(process.argv.slice(2));
+printResults();
 const counts = readCounts();
 const ranOnKvm = printConformance();
 finish(status, counts, ranOnKvm);
@@ -38,14 +40,50 @@ function removeStale(folder) {
   }
 }
 
+/** Quiet: 6000 assertions that hold are not worth drawing. What failed is printed from the results. */
 function runTap(args) {
   const { bin } = require('tap/package.json');
   const tap = join(dirname(require.resolve('tap/package.json')), bin.tap);
-  const options = [`--output-file=${results}`, '--reporter=terse'];
+  const options = [`--output-file=${results}`, '--reporter=silent'];
   const env = { ...process.env, TAP_RCFILE: join(root, '.taprc') };
-  // Without a terminal the reporter would draw every frame; under CI it draws the last one.
-  if (!process.stdout.isTTY) Object.assign(env, { CI: '1', FORCE_COLOR: '0' });
   return spawnSync(process.execPath, [tap, ...options, ...args], { cwd: root, stdio: 'inherit', env }).status ?? 1;
+}
+
+/** Each file's result, and every failed assertion under its subtests' names, with what tap knows of it. */
+function printResults() {
+  const lines = existsSync(results) ? readFileSync(results, 'utf8').split('\n') : [];
+  const [open, files] = [[], []];
+  let failures = 0;
+  lines.forEach((line, index) => {
+    const [, indent = '', subtest, not, title = ''] =
+      /^( *)(?:# Subtest: (.*)|(not )?ok \d+(?: - (.*))?)$/.exec(line) ?? [];
+    if (subtest !== undefined) {
+      open.push({ indent, subtest, failures: 0 });
+    } else if (/^ *(not )?ok \d/.test(line)) {
+      const own = open.at(-1);
+      const ends = own?.indent === indent && title.startsWith(own.subtest);
+      if (ends) open.pop();
+      if (not && !(ends && own.failures > 0)) {
+        for (const each of open) each.failures++;
+        if (++failures > FAILURES_SHOWN) return;
+        console.log(`\nnot ok: ${[...open.map((each) => each.subtest), title].join(' > ')}`);
+        console.log(diagnosis(lines, index + 1, indent.length + 2));
+      }
+      if (indent === '' && title) files.push(`${not ? 'not ok' : 'ok'}: ${title.replace(/# time=(.*)/, '($1)')}`);
+    }
+  });
+  if (failures > FAILURES_SHOWN) console.log(`\n… and ${failures - FAILURES_SHOWN} more in ${relative(root, results)}`);
+  console.log(`\n${files.join('\n')}`);
+}
+
+/** The YAML block behind a line. */
+function diagnosis(lines, start, indent) {
+  if (lines[start]?.trim() !== '---') return '';
+  const end = lines.findIndex((line, index) => index > start && line.slice(indent) === '...');
+  return lines
+    .slice(start + 1, end)
+    .map((line) => `  ${line.slice(indent)}`)
+    .join('\n');
 }
 
 /** The assertions of all files, as tap counts them at the end of its output. */
@@ -66,7 +104,7 @@ function printConformance() {
     if (reason) console.log(`${file.replace('.json', '')}: no case could run: ${reason}`);
     for (const { kernel, agree, disagree, notApplicable } of tallies) {
       onKvm ||= kernel.startsWith('linux');
-      const reasons = Object.entries(notApplicable).sort(([, a], [, b]) => b - a);
+      const reasons = group(notApplicable);
       const left = reasons.reduce((sum, [, count]) => sum + count, 0);
       const disagreeing = disagree > 0 ? `, ${disagree} DISAGREE` : '';
       const why = left > 0 ? ` (${reasons.map(([why, count]) => `${why}: ${count}`).join('; ')})` : '';
@@ -74,6 +112,16 @@ function printConformance() {
     }
   }
   return onKvm;
+}
+
+/** The most frequent reason first; what belongs to other versions is one reason. */
+function group(notApplicable) {
+  const groups = new Map();
+  for (const [missing, count] of Object.entries(notApplicable)) {
+    const reason = missing.replace(/^(not )?older than .*/, 'other versions');
+    groups.set(reason, (groups.get(reason) ?? 0) + count);
+  }
+  return [...groups].sort(([, a], [, b]) => b - a);
 }
 
 function finish(status, { passed, failed, skipped }, ranOnKvm) {

@@ -54,13 +54,13 @@ export interface Case {
   readonly id: string;
   readonly sentence: string;
   readonly needs: readonly Need[];
-  readonly run: (s: Scenario) => { got: Outcome; expected: Expected };
+  readonly run: (s: Scenario) => Promise<{ got: Outcome; expected: Expected }>;
 }
 
 interface ScenarioParts<Given> {
   readonly needs?: readonly Need[];
   readonly given?: (s: Scenario) => Given;
-  readonly when: (s: Scenario, given: Given) => Outcome;
+  readonly when: (s: Scenario, given: Given) => Outcome | Promise<Outcome>;
   readonly expect: Expected | ((s: Scenario) => Expected);
 }
 
@@ -74,8 +74,8 @@ export function scenario<Given = undefined>(
     id: String(id),
     sentence,
     needs,
-    run: (s) => {
-      const got = when(s, given?.(s) as Given);
+    run: async (s) => {
+      const got = await when(s, given?.(s) as Given);
       return { got, expected: typeof expect === 'function' ? expect(s) : expect };
     },
   };

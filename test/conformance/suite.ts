@@ -35,9 +35,9 @@ export async function conform(t: Test, name: string, kernel: Kernel, inChild: In
     if (applicable.length === 0) continue;
     await t.test(title, async (t) => {
       for (const each of applicable) {
-        const difference = judge(each, new Scenario(kernel, inChild));
+        const difference = await judge(each, new Scenario(kernel, inChild));
         tally[difference ? 'disagree' : 'agree']++;
-        if (difference) t.fail(`${each.id}: ${each.sentence}`, { ...difference, kernel: name });
+        if (difference) t.fail(`${each.id}: ${each.sentence}`, { ...difference, kernel: name, at: null, stack: '' });
         else t.pass(`${each.id}: ${each.sentence}`);
       }
     });
@@ -46,9 +46,9 @@ export async function conform(t: Test, name: string, kernel: Kernel, inChild: In
 }
 
 /** Null when the kernel answers as the contract says, and everything could be given back afterwards. */
-function judge(each: Case, s: Scenario): { expected: string; got: string } | null {
+async function judge(each: Case, s: Scenario): Promise<{ expected: string; got: string } | null> {
   try {
-    const { got, expected } = each.run(s);
+    const { got, expected } = await each.run(s);
     const answer = resolve(expected, s.kernel);
     const left = s.close();
     if (!matches(got, answer)) return { expected: describe(answer), got: describe(got) };

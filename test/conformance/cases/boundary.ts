@@ -1,13 +1,14 @@
 import {
   MADV_DONTNEED,
   MADV_HWPOISON,
+  MADV_REMOVE,
   MADV_SOFT_OFFLINE,
   MAP_ANONYMOUS,
   MAP_FIXED,
   MAP_PRIVATE,
   O_RDWR,
 } from '../../../lib/uapi.ts';
-import { gmemSlots, mappable, shareable } from '../needs.ts';
+import { gmemSlots, mappable, shareable, swProtected } from '../needs.ts';
 import { INIT_SHARED, MMAP, type Outcome, type Scenario, scenario, section } from '../scenario.ts';
 
 /** What was thrown, by name. */
@@ -147,6 +148,35 @@ export const boundary = section('The boundary itself', [
       typeof s.kernel.explain() === 'string' && (s.kernel.explain() ?? '').length > 10,
     ],
     expect: [0, 'EEXIST', true],
+  }),
+  scenario('boundary async', 'the calls that may take long have a twin on a thread of its own, with the same answers', {
+    needs: [shareable],
+    given: (s) => {
+      const file = shared(s);
+      return { file, mapping: s.map(file) };
+    },
+    when: async (s, { file, mapping }) => [
+      await s.kernel.fallocateAsync(file, 1, 0, 4 * s.P),
+      s.cached(file),
+      await s.kernel.fallocateAsync(file, 3, 0, s.P),
+      await s.kernel.fallocateAsync(file, 3, 1, s.P),
+      s.cached(file),
+      await s.kernel.madviseAsync(mapping, s.P, s.P, MADV_REMOVE),
+      await s.kernel.madviseAsync(mapping, 0, s.P, MADV_HWPOISON),
+      s.cached(file),
+      await s.kernel.fallocateAsync(99999, 3, 0, s.P),
+    ],
+    expect: [0, 4, 0, 'EINVAL', 3, 0, 'EINVAL', 2, 'EBADF'],
+  }),
+  scenario('boundary async attributes', 'attributes can be set on a thread of its own', {
+    needs: [swProtected],
+    given: (s) => s.vm(1),
+    when: async (s, vm) => [
+      await s.kernel.setMemoryAttributesAsync(vm, { address: 0, size: 4 * s.P, attributes: 8, flags: 0 }),
+      await s.kernel.setMemoryAttributesAsync(vm, { address: 0, size: s.P, attributes: 1, flags: 0 }),
+      s.privateRanges(vm),
+    ],
+    expect: [0, 'EINVAL', [[0, 4]]],
   }),
   scenario('boundary getter', 'what is no VM fd has no attributes', {
     when: (s) => [s.kernel.privateGfns(s.kvm) === undefined, s.kernel.privateGfns(99999) === undefined],

@@ -8,6 +8,7 @@ import { lifetimes, protectedSlots } from './lifetime.ts';
 import { memoryAttributes } from './memory_attributes.ts';
 import { gmemSlotCases, slotArguments, slotChanges } from './memslot.ts';
 import { hostAccess, mmap } from './mmap.ts';
+import { ordinaryMemory } from './ordinary_memory.ts';
 import { checkExtension, createVm, dispatch, enableCap } from './vm.ts';
 
 /** The contract, case by case. */
@@ -28,5 +29,6 @@ export const sections: readonly Section[] = [
   lifetimes,
   memoryAttributes,
   dirtyLog,
+  ordinaryMemory,
   boundary,
 ];

@@ -286,12 +286,13 @@ export const slotChanges = section('Slots: change kinds', [
     when: (s, vm) => [
       s.remove(vm, 0, { gpa: 1 }),
       s.remove(vm, 0, { hva: 1 }),
+      s.remove(vm, 0, { hva: 1n << 63n }),
       s.remove(vm, 0, { flags: 8 }),
       s.remove(vm, 0, { flags: GUEST_MEMFD | LOG }),
       s.slotV1(vm, { size: 0, flags: GUEST_MEMFD }),
       s.slot(vm, { slot: 1, at: 3 }),
     ],
-    expect: ['EINVAL', 'EINVAL', 'EINVAL', 'EINVAL', 'EINVAL', 'EEXIST'],
+    expect: ['EINVAL', 'EINVAL', 'EINVAL', 'EINVAL', 'EINVAL', 'EINVAL', 'EEXIST'],
   }),
   scenario(131, 'the flags of a delete need not match', {
     given: (s) => {
@@ -304,8 +305,12 @@ export const slotChanges = section('Slots: change kinds', [
   }),
   scenario(132, 'a delete ignores guest and host address', {
     given: plainSlot,
-    when: (s, vm) => [s.remove(vm, 0, { gpa: BEYOND, hva: 16 * s.P }), s.slot(vm, { slot: 1 })],
-    expect: [0, 0],
+    when: (s, vm) => [
+      s.remove(vm, 0, { gpa: BEYOND, hva: 16 * s.P }),
+      s.slot(vm, { slot: 1 }),
+      s.remove(vm, 1, { gpa: top(s, 1) }),
+    ],
+    expect: [0, 0, 0],
   }),
   scenario(133, 'each address space has a map of its own', {
     needs: [smm],
@@ -465,6 +470,22 @@ export const gmemSlotCases = section('Slots: guest_memfd', [
     when: (s, { vm, file }) => s.bind(vm, { file, offset: (1n << 63n) - BigInt(s.P), pages: 4 }),
     expect: 'EINVAL',
   }),
+  scenario('142 order', 'such an offset is refused in its place: after an overlapping slot and a bad fd', {
+    needs: [gmemSlots],
+    given: slotAndFile,
+    when: (s, { vm, file }) => {
+      const far = { slot: 1, offset: (1n << 63n) - BigInt(s.P), pages: 2 };
+      return [
+        s.bind(vm, { ...far, at: 3, file }),
+        s.bind(vm, { ...far, at: 8, file: -1 }),
+        s.bind(vm, { ...far, at: 8, file: s.kvm }),
+        s.bind(vm, { ...far, gpa: BEYOND, file }),
+        s.bind(vm, { ...far, at: 8, file, flags: LOG }),
+        s.bind(vm, { ...far, at: 8, file, size: 1 }),
+      ];
+    },
+    expect: ['EEXIST', 'EBADF', 'EINVAL', 'EINVAL', 'EINVAL', 'EINVAL'],
+  }),
   scenario(143, 'the same request again is EINVAL', {
     needs: [gmemSlots],
     given: boundSlot,
@@ -511,6 +532,15 @@ export const gmemSlotCases = section('Slots: guest_memfd', [
       s.remove(vm, 0, { file: s.kvm }),
     ],
     expect: [0, 0, 0, 0, 0],
+  }),
+  scenario('147 absent', 'deleting a slot that is not there is EINVAL, with the flag and any fd', {
+    needs: [gmemSlots],
+    given: vmAndFile,
+    when: (s, { vm, file }) => [
+      s.remove(vm, 0, { flags: GUEST_MEMFD, file }),
+      s.remove(vm, 0, { flags: GUEST_MEMFD, file: -1 }),
+    ],
+    expect: ['EINVAL', 'EINVAL'],
   }),
   scenario('147 offset', 'a delete with the flag still needs an aligned offset', {
     needs: [gmemSlots],

@@ -17,6 +17,7 @@ import {
   MADV_WIPEONFORK,
   MAP_GROWSDOWN,
   MAP_HUGETLB,
+  MAP_NORESERVE,
   MAP_POPULATE,
   MAP_PRIVATE,
   MAP_SHARED,
@@ -143,6 +144,17 @@ export const mmap = section('mmap', [
       s.mmap(file, { flags: MAP_SHARED_VALIDATE | MAP_SYNC }),
     ],
     expect: ['ok', 'EOPNOTSUPP'],
+  }),
+  scenario('83 unknown', 'a flag nobody knows is EOPNOTSUPP with MAP_SHARED_VALIDATE, and ignored with MAP_SHARED', {
+    needs: [mappable],
+    given: gmem(MMAP),
+    when: (s, file) => [
+      s.mmap(file, { flags: MAP_SHARED_VALIDATE | 0x200000 }),
+      s.mmap(file, { flags: MAP_SHARED | 0x200000 }),
+      s.mmap(file, { flags: MAP_SHARED | MAP_NORESERVE }),
+      s.mmap(file, { flags: MAP_SHARED_VALIDATE | MAP_NORESERVE }),
+    ],
+    expect: ['EOPNOTSUPP', 'ok', 'ok', 'ok'],
   }),
   scenario(84, 'MAP_GROWSDOWN is EINVAL', {
     needs: [mappable],
@@ -379,6 +391,18 @@ export const hostAccess = section('Host access to a mapping', [
     when: (s, { mapping, other }) => [s.advise(other, 1, 1, MADV_REMOVE), s.get(mapping, 5), s.get(mapping, 0)],
     expect: [0, 0, 7],
   }),
+  scenario('95 unshared', 'MADV_REMOVE frees pages of a file that cannot be touched', {
+    needs: [mappable],
+    given: mapped(MMAP),
+    when: (s, { file, mapping }) => [
+      s.fallocate(file, 1, 0, 4),
+      s.advise(mapping, 0, 4, MADV_DONTNEED),
+      s.cached(file),
+      s.advise(mapping, 1, 2, MADV_REMOVE),
+      s.cached(file),
+    ],
+    expect: [0, 0, 4, 0, 2],
+  }),
   scenario(96, 'MADV_FREE, WIPEONFORK and COLLAPSE are EINVAL', {
     needs: [shareable],
     given: written,
@@ -518,6 +542,21 @@ export const hostAccess = section('Host access to a mapping', [
       s.kernel.getMempolicy(s.map(file), 0),
     ],
     expect: [0, 0, MPOL_BIND],
+  }),
+  scenario('8.3 policy change', 'the policy of a page is the last one set', {
+    needs: [shareable, numa],
+    given: mapped(SHARED),
+    when: (s, { mapping }) => [
+      s.kernel.getMempolicy(mapping, 0),
+      mbind(s, mapping, MPOL_PREFERRED, [0]),
+      s.kernel.getMempolicy(mapping, 0),
+      mbind(s, mapping, MPOL_INTERLEAVE, [0]),
+      s.kernel.getMempolicy(mapping, 0),
+      s.kernel.getMempolicy(mapping, s.P),
+      mbind(s, mapping, MPOL_DEFAULT, []),
+      s.kernel.getMempolicy(mapping, 0),
+    ],
+    expect: [MPOL_DEFAULT, 0, MPOL_PREFERRED, 0, MPOL_INTERLEAVE, MPOL_DEFAULT, 0, MPOL_DEFAULT],
   }),
   scenario(101, 'mbind with a bad policy, an empty BIND mask, an absent node or an unaligned address is EINVAL', {
     needs: [shareable, numa],

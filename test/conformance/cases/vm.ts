@@ -110,13 +110,16 @@ export const dispatch = section('Rules common to every KVM fd', [
     given: (s) => ({ file: s.memfd(), closed: s.vm() }),
     when: (s, { file, closed }) => [
       s.kernel.checkExtension(file, 3),
+      s.createGmem(file, s.P),
+      s.slot(file),
+      s.setAttributes(file, 0, s.P),
       s.closeFd(closed),
       s.kernel.checkExtension(closed, 3),
       s.createGmem(closed, s.P),
       s.slot(closed),
       s.closeFd(closed),
     ],
-    expect: ['ENOTTY', 0, 'EBADF', 'EBADF', 'EBADF', 'EBADF'],
+    expect: ['ENOTTY', 'ENOTTY', 'ENOTTY', 'ENOTTY', 0, 'EBADF', 'EBADF', 'EBADF', 'EBADF'],
   }),
 ]);
 
@@ -250,8 +253,8 @@ export const checkExtension = section('KVM_CHECK_EXTENSION', [
   }),
   scenario(17, 'a capability nobody knows is 0', {
     given: (s) => s.vm(),
-    when: (s, vm) => [s.kernel.checkExtension(s.kvm, 99999), s.kernel.checkExtension(vm, 99999)],
-    expect: [0, 0],
+    when: (s, vm) => [s.kvm, vm].flatMap((fd) => [99999, -1, 1 << 30].map((cap) => s.kernel.checkExtension(fd, cap))),
+    expect: [0, 0, 0, 0, 0, 0],
   }),
   scenario(18, 'what every kernel here has, on /dev/kvm and on a VM', {
     given: (s) => s.vm(),
@@ -292,6 +295,11 @@ export const checkExtension = section('KVM_CHECK_EXTENSION', [
     needs: [x86, tdp],
     when: (s) => [s.since('6.11'), s.cap(s.kvm, 'PRE_FAULT_MEMORY'), s.cap(s.vm(), 'PRE_FAULT_MEMORY')],
     expect: [true, 1, 1],
+  }),
+  scenario('4 PRE_FAULT_MEMORY before 6.11', 'pre-faulting did not exist before 6.11', {
+    needs: [x86, before('6.11')],
+    when: (s) => [s.cap(s.kvm, 'PRE_FAULT_MEMORY'), s.cap(s.vm(), 'PRE_FAULT_MEMORY')],
+    expect: [0, 0],
   }),
   scenario('4 PRE_FAULT_MEMORY off', 'without TDP there is neither pre-faulting nor a SW_PROTECTED VM', {
     needs: [x86, noTdp],

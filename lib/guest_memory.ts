@@ -139,9 +139,7 @@ export class GuestMemory {
       if (!slot) throw this.#fault(what, at, address + length - at, 'no memslot is there');
       const end = Math.min(address + length, slot.address + slot.size);
       const [secret] = vm.attributes.privateRanges({ address: at, size: end - at });
-      const why = secret && !slot.guestMemfd?.backing.gmemOnly ? 'it is private' : undefined;
-      if (secret && why)
-        throw this.#fault(what, secret.address > at ? secret.address : at, Math.min(secret.size, end - at), why);
+      if (secret) throw this.#fault(what, secret.address, secret.size, 'it is private');
       pieces.push(this.#piece(slot, at, end - at, what));
       at = end;
     }

@@ -167,7 +167,8 @@ export interface Kernel {
   poke(mapping: number, offset: U64, source: Uint8Array): Result;
   /**
    * A live view of the mapping's bytes, detached by munmap; at most 4 GiB. The caller answers for what it touches. Views of one mapping
-   * share their ArrayBuffer, unless `own` asks for one that `releaseWindow` can detach by itself.
+   * share their ArrayBuffer, unless `own` asks for one that `releaseWindow` can detach by itself. On the software kernel windows of the same
+   * memory always share it, since plain JavaScript cannot have one memory in two buffers: one that goes takes the others along.
    */
   window(mapping: number, offset: number, length: number, own?: boolean): Uint8Array;
   /** Detaches a view made with `own`. */

@@ -10,7 +10,8 @@ import type { Machine } from './machine.ts';
  * Contract §11 (lifetimes), §21 (state).
  */
 
-export type FileKind = 'kvm' | 'vm' | 'gmem' | 'file' | 'epoll' | 'uffd';
+/** 'path' is an O_PATH fd. */
+export type FileKind = 'kvm' | 'vm' | 'gmem' | 'file' | 'epoll' | 'uffd' | 'path';
 
 /** An open file description: what fds, their duplicates and mappings refer to. */
 export class OpenFile {

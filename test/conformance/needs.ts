@@ -68,5 +68,6 @@ export const asyncWriteProtect = need('no userfaultfd WP_ASYNC', (s) => {
   const uffd = s.userfaultfd();
   return uffd >= 0 && s.kernel.uffdioApi(uffd, UFFD_FEATURE_WP_ASYNC) === 0;
 });
-/** The one need that asks which backend it is: a modelled page cannot end the process. */
+/** Two needs ask which backend it is. A modelled page cannot end the process, and modelled memory has one buffer for all its windows. */
 export const realMemory = need('modelled memory raises no signals', (s) => s.kernel.name === 'linux');
+export const separateWindows = need('windows of one memory share their buffer', (s) => s.kernel.name === 'linux');

@@ -11,7 +11,10 @@ import {
   F_SETFD,
   KVM_CAP,
   KVM_CHECK_EXTENSION,
+  KVM_CREATE_VCPU,
+  KVM_CREATE_VM,
   KVM_GET_API_VERSION,
+  KVM_GET_STATS_FD,
   KVM_GET_VCPU_MMAP_SIZE,
   KVM_MEM_GUEST_MEMFD,
   MADV_HWPOISON,
@@ -97,7 +100,10 @@ export class LinuxKernel implements Kernel {
     const [own, number, value] = [this.#fd(fd), u32('request', request), u64('argument', argument)];
     // Type 0xae without a direction: KVM takes the argument by value. Everything else would be an address of this process.
     const byValue = number >>> 8 === 0xae;
-    if (!byValue && sumExceeds(value, 0, 4095)) return -ERRNO.EFAULT;
+    if (!byValue && sumExceeds(value, 0, 4095)) return this.#answer(-ERRNO.EFAULT);
+    // What makes a new fd goes through the method that keeps track of it.
+    if (number === KVM_CREATE_VM && this.#files.get(fd)?.kind === 'kvm') return this.createVm(fd, value);
+    if (number === KVM_CREATE_VCPU || number === KVM_GET_STATS_FD) return this.#answer(-ERRNO.EINVAL);
     return this.#answer(this.#ioctl(own, number, value));
   }
 
@@ -168,7 +174,7 @@ export class LinuxKernel implements Kernel {
     const request = { cap: u32('cap', args.cap), flags: u32('flags', args.flags), args: [a0, a1, a2, a3] as const };
     const vm = this.#files.vm(fd);
     this.#command.i32(0, this.#fd(fd)).i32(1, request.cap).i32(2, request.flags);
-    request.args.forEach((value, index) => this.#command.u64(3 + index, value));
+    for (const [index, value] of request.args.entries()) this.#command.u64(3 + index, value);
     const result = this.#native.enableCap();
     if (result < 0) return this.#refused(result, enableCapRules, vm, request);
     if (vm) applyEnableCap(vm, request);
@@ -400,7 +406,7 @@ export class LinuxKernel implements Kernel {
     const words = Array.from({ length: 16 }, () => 0n);
     for (const node of wanted) words[node >> 6] = (words[node >> 6] as bigint) | (1n << BigInt(node & 63));
     this.#command.u64(4, wanted.length ? 1025 : 0);
-    words.forEach((word, index) => this.#command.u64(5 + index, word));
+    for (const [index, word] of words.entries()) this.#command.u64(5 + index, word);
     return this.#answer(this.#native.mbind());
   }
 

@@ -152,10 +152,7 @@ export class AddressSpace {
     return this.#copy(mapping, offset, target.length, PROT_READ, (at, length) => {
       this.#fillPrivate(mapping, at, length);
       mapping.store.read(at, target.subarray(0, length));
-      mapping.store.populate(
-        Math.floor(at / this.#machine.pageSize),
-        Math.ceil((at + length) / this.#machine.pageSize),
-      );
+      mapping.store.touch(Math.floor(at / this.#machine.pageSize), Math.ceil((at + length) / this.#machine.pageSize));
     });
   }
 
@@ -171,7 +168,7 @@ export class AddressSpace {
     const count = mapping.accessible(start, end, prot);
     const { pageSize } = this.#machine;
     this.#fillPrivate(mapping, (mapping.pgoff + start) * pageSize, count * pageSize);
-    mapping.store.populate(mapping.pgoff + start, mapping.pgoff + start + count);
+    mapping.store.touch(mapping.pgoff + start, mapping.pgoff + start + count);
     return count === end - start;
   }
 

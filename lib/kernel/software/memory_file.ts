@@ -58,7 +58,7 @@ export class MemoryFile extends OpenFile {
   allocate(offset: number, length: number, keepSize: boolean): Result {
     const end = offset + length;
     if (!keepSize && end > this.size && this.seals & SEAL_GROW) return -ERRNO.EPERM;
-    this.store.populate(Math.floor(offset / this.store.pageSize), Math.ceil(end / this.store.pageSize));
+    this.store.allocate(Math.floor(offset / this.store.pageSize), Math.ceil(end / this.store.pageSize));
     if (!keepSize) this.size = Math.max(this.size, end);
     return 0;
   }

@@ -1,6 +1,7 @@
 import { hex } from '../../format.ts';
 import {
   GUEST_MEMFD_FLAG_MMAP,
+  HUGE_SHIFT,
   MAP_ANONYMOUS,
   MAP_FIXED,
   MAP_FIXED_NOREPLACE,
@@ -9,7 +10,6 @@ import {
   MAP_PRIVATE,
   MAP_SHARED,
   MAP_SHARED_VALIDATE,
-  MAP_SYNC,
   MAP_TYPE,
   PROT_EXEC,
 } from '../../uapi.ts';
@@ -29,6 +29,8 @@ export interface MmapRequest {
 }
 
 const MAX_FILE_SIZE = (1n << 63n) - 1n;
+/** LEGACY_MAP_MASK: what MAP_SHARED_VALIDATE lets pass on any file; MAP_SYNC is not in it. */
+const LEGACY_FLAGS = 0x7f9f3 | (21 << HUGE_SHIFT) | (30 << HUGE_SHIFT);
 const PAGE_NUMBERS = 1n << 64n;
 const anonymous = (r: MmapRequest): boolean => (r.flags & MAP_ANONYMOUS) !== 0;
 const roundUp = (length: U64, page: number): bigint =>
@@ -84,10 +86,9 @@ export const mmapRules: readonly Rule<Machine, MmapRequest>[] = [
     const known = type === MAP_SHARED || type === MAP_PRIVATE || (type === MAP_SHARED_VALIDATE && !anonymous(r));
     return !known && 'a mapping is MAP_SHARED or MAP_PRIVATE';
   }),
-  rule('EOPNOTSUPP', 'mmap-sync', (_machine, { flags }) => {
-    return (
-      (flags & MAP_TYPE) === MAP_SHARED_VALIDATE && (flags & MAP_SYNC) !== 0 && 'the file does not support MAP_SYNC'
-    );
+  rule('EOPNOTSUPP', 'mmap-validate', (_machine, { flags }) => {
+    const unknown = (flags & MAP_TYPE) === MAP_SHARED_VALIDATE && (flags & ~LEGACY_FLAGS) !== 0;
+    return unknown && `the file does not support all of the flags ${hex(flags >>> 0)}`;
   }),
   // 8–11
   rule(

@@ -20,6 +20,8 @@ export class PageStore {
   readonly pageSize: number;
   /** Pages that exist, whatever they hold. */
   readonly #present = new RangeMap<true>();
+  /** Of these, the ones that were allocated and never touched: mincore(2) does not count them, cachestat(2) does. */
+  readonly #untouched = new RangeMap<true>();
   readonly #pages = new Map<number, Uint8Array>();
   #extents: Extent[] = [];
   /** Pages that someone may write to without our knowing. */
@@ -33,9 +35,16 @@ export class PageStore {
     this.#size = size;
   }
 
-  /** Makes pages exist; content that is there stays. */
-  populate(startPage: number, endPage: number): void {
+  /** Makes pages exist, as fallocate(2) does; content that is there stays. */
+  allocate(startPage: number, endPage: number): void {
+    for (const { start, end } of this.#present.gaps(startPage, endPage)) this.#untouched.set(start, end, true);
     this.#present.set(startPage, endPage, true);
+  }
+
+  /** Makes pages exist because something touches them. */
+  touch(startPage: number, endPage: number): void {
+    this.#present.set(startPage, endPage, true);
+    this.#untouched.delete(startPage, endPage);
   }
 
   /** Gives pages back: they read as zeros when they exist again. */
@@ -48,6 +57,7 @@ export class PageStore {
     }
     if (this.#pages.size > 0) this.#forget(startPage, endPage);
     this.#present.delete(startPage, endPage);
+    this.#untouched.delete(startPage, endPage);
   }
 
   /** Zeroes bytes inside pages that exist, as a hole smaller than a page does. */
@@ -75,6 +85,8 @@ export class PageStore {
     target.fill(0, 0, endPage - startPage);
     for (const { start, end } of this.#present.within(startPage, endPage))
       target.fill(1, start - startPage, end - startPage);
+    for (const { start, end } of this.#untouched.within(startPage, endPage))
+      target.fill(0, start - startPage, end - startPage);
   }
 
   /** The existing parts of a range of pages, in order. */
@@ -96,7 +108,7 @@ export class PageStore {
 
   write(offset: number, source: Uint8Array): void {
     if (source.length === 0) return;
-    this.populate(Math.floor(offset / this.pageSize), Math.ceil((offset + source.length) / this.pageSize));
+    this.touch(Math.floor(offset / this.pageSize), Math.ceil((offset + source.length) / this.pageSize));
     this.#pieces(offset, source.length, (at, position, length) => {
       let page = this.#bytesAt(at, at + length);
       if (!page) {
@@ -189,11 +201,10 @@ export class PageStore {
   #noticeWrites(startPage: number, endPage: number): void {
     if (this.#windowed.size === 0) return;
     for (const { start, end } of [...this.#windowed.within(startPage, endPage)]) {
-      for (const gap of [...this.#present.gaps(start, end)]) {
-        for (let page = gap.start; page < gap.end; page++) {
-          if (this.#bytesAt(page * this.pageSize, (page + 1) * this.pageSize)?.some((byte) => byte !== 0)) {
-            this.#present.set(page, page + 1, true);
-          }
+      for (const part of [...this.#present.gaps(start, end), ...this.#untouched.within(start, end)]) {
+        for (let page = part.start; page < part.end; page++) {
+          if (this.#bytesAt(page * this.pageSize, (page + 1) * this.pageSize)?.some((byte) => byte !== 0))
+            this.touch(page, page + 1);
         }
       }
     }

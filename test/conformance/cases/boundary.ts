@@ -8,7 +8,7 @@ import {
   MAP_PRIVATE,
   O_RDWR,
 } from '../../../lib/uapi.ts';
-import { gmemSlots, mappable, shareable, swProtected } from '../needs.ts';
+import { gmemSlots, mappable, separateWindows, shareable, swProtected } from '../needs.ts';
 import { INIT_SHARED, MMAP, type Outcome, type Scenario, scenario, section } from '../scenario.ts';
 
 /** What was thrown, by name. */
@@ -102,7 +102,7 @@ export const boundary = section('The boundary itself', [
     expect: (s) => [s.P, 9, 1, 8, 0, 0],
   }),
   scenario('boundary own window', 'a window of its own can be released without the others', {
-    needs: [shareable],
+    needs: [shareable, separateWindows],
     given: (s) => s.map(shared(s)),
     when: (s, mapping) => {
       const own = s.kernel.window(mapping, 0, s.P, true);

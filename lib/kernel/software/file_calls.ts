@@ -1,0 +1,290 @@
+import { hex } from '../../format.ts';
+import {
+  EPOLL_CTL_ADD,
+  F_ADD_SEALS,
+  F_GET_SEALS,
+  F_GETFD,
+  F_GETFL,
+  F_SETFD,
+  FALLOC_FL_KEEP_SIZE,
+  FALLOC_FL_PUNCH_HOLE,
+  FD_CLOEXEC,
+  MFD_ALLOW_SEALING,
+  MFD_CLOEXEC,
+  MFD_HUGETLB,
+  O_CLOEXEC,
+  O_PATH,
+  POLLIN,
+  POLLOUT,
+} from '../../uapi.ts';
+import { bytes, i32, isNegative, isZero, text, toPages, u32, u64 } from '../arguments.ts';
+import type { CacheStatus, FileStatus, Result, U64 } from '../kernel.ts';
+import { fallocateRules, fileSizeRule, vfsFallocateRules } from '../rules/guest_memfd.ts';
+import { GuestMemfdFile, OpenFile } from '../state.ts';
+import { DiskFile } from './disk_file.ts';
+import { MemoryFile } from './memory_file.ts';
+import { SoftwareProcess } from './process.ts';
+import { EpollFile, SoftwareGuestMemfd } from './software_files.ts';
+
+const GUEST_MEMFD_MAGIC = 0x474d454d;
+const ANON_INODE_MAGIC = 0x09041934;
+const TMPFS_MAGIC = 0x01021994;
+
+/** The system calls on files of any kind. */
+export abstract class FileCalls extends SoftwareProcess {
+  abstract openKvm(path?: string): Result;
+
+  open(path: string, flags: number, mode = 0): Result {
+    text('path', path);
+    i32('flags', flags);
+    if (flags & O_PATH) return this.#openPath(path);
+    const own = /^\/(?:proc\/self|dev)\/fd\/(\d+)$/.exec(path);
+    if (path === '/dev/kvm') return this.openKvm();
+    if (own) {
+      const file = this.file(Number(own[1]));
+      if (!file) return this.refuse('ENOENT', `${path} does not exist`);
+      if (file.kind === 'kvm') return this.openKvm();
+      if (!(file instanceof MemoryFile)) return this.refuse('ENXIO', 'this kind of file cannot be opened again');
+      return this.install(() => file, (flags & O_CLOEXEC) !== 0);
+    }
+    const file = DiskFile.open(this.pageSize, path, flags, i32('mode', mode));
+    if (typeof file === 'number') return this.refuseErrno(-file, `${path} cannot be opened`);
+    return this.install(() => file, (flags & O_CLOEXEC) !== 0);
+  }
+
+  fallocate(fd: number, mode: number, offset: U64, length: U64): Result {
+    const request = { mode: i32('mode', mode), offset: u64('offset', offset), length: u64('length', length) };
+    const file = this.file(i32('fd', fd));
+    if (!file) return this.badFd(fd);
+    if (file instanceof SoftwareGuestMemfd) {
+      const refused = this.check(fallocateRules, file, request);
+      if (refused !== null) return refused;
+      const start = toPages(request.offset, this.pageSize);
+      const end = Math.min(start + toPages(request.length, this.pageSize), file.pages);
+      if (request.mode & FALLOC_FL_PUNCH_HOLE) file.store.discard(start, end);
+      else file.store.allocate(start, end);
+      return 0;
+    }
+    const refused = this.check(vfsFallocateRules, file, request);
+    if (refused !== null) return refused;
+    if (!(file instanceof MemoryFile)) return this.refuse('ENODEV', 'only regular files can be allocated');
+    const beyond = this.check([fileSizeRule], file, request);
+    if (beyond !== null) return beyond;
+    if (request.mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE))
+      return this.refuse('EOPNOTSUPP', 'memory files only allocate and punch holes');
+    const [at, size] = [Number(request.offset), Number(request.length)];
+    return request.mode & FALLOC_FL_PUNCH_HOLE
+      ? file.punch(at, size)
+      : file.allocate(at, size, (request.mode & FALLOC_FL_KEEP_SIZE) !== 0);
+  }
+
+  async fallocateAsync(fd: number, mode: number, offset: U64, length: U64): Promise<Result> {
+    return this.fallocate(fd, mode, offset, length);
+  }
+
+  ftruncate(fd: number, length: U64): Result {
+    const size = u64('length', length);
+    const file = this.file(i32('fd', fd));
+    if (!file) return isNegative(size) ? this.refuse('EINVAL', 'the length is negative') : this.badFd(fd);
+    if (isNegative(size) || !(file instanceof MemoryFile))
+      return this.refuse('EINVAL', 'the size of this file cannot change');
+    return this.answer(file.truncate(Number(size)));
+  }
+
+  fstat(fd: number, status: FileStatus): Result {
+    const file = this.file(i32('fd', fd));
+    if (!file) return this.badFd(fd);
+    const { pageSize } = this;
+    if (file instanceof SoftwareGuestMemfd) {
+      Object.assign(status, {
+        mode: 0o100600,
+        size: BigInt(file.size),
+        blocks: 0n,
+        blksize: pageSize,
+        ino: file.ino,
+        nlink: 1,
+      });
+    } else if (file instanceof MemoryFile) {
+      const blocks = BigInt((file.store.residentPages(0, file.pages) * pageSize) / 512);
+      Object.assign(status, {
+        mode: file.mode,
+        size: BigInt(file.size),
+        blocks,
+        blksize: pageSize,
+        ino: file.ino,
+        nlink: 0,
+      });
+    } else {
+      const mode = file.kind === 'kvm' ? 0o020600 : 0o600;
+      Object.assign(status, { mode, size: 0n, blocks: 0n, blksize: pageSize, ino: 0n, nlink: 1 });
+    }
+    return 0;
+  }
+
+  fstatfs(fd: number, status: { type?: number; bsize?: number }): Result {
+    const file = this.file(i32('fd', fd));
+    if (!file) return this.badFd(fd);
+    const gmem = file instanceof GuestMemfdFile && this.machine.since('6.19');
+    status.type = gmem
+      ? GUEST_MEMFD_MAGIC
+      : file instanceof MemoryFile || file.kind === 'kvm'
+        ? TMPFS_MAGIC
+        : ANON_INODE_MAGIC;
+    status.bsize = this.pageSize;
+    return 0;
+  }
+
+  cachestat(fd: number, offset: U64, length: U64, status: CacheStatus): Result {
+    const [start, size] = [u64('offset', offset), u64('length', length)];
+    const file = this.file(i32('fd', fd));
+    if (!file) return this.badFd(fd);
+    const pages = (value: U64, round: (n: number) => number): number => round(Number(value) / this.pageSize);
+    const end = isZero(size) ? Number.MAX_SAFE_INTEGER : pages(Number(start) + Number(size), Math.ceil);
+    const stored = file instanceof SoftwareGuestMemfd || file instanceof MemoryFile;
+    status.cache = stored ? file.store.residentPages(pages(start, Math.floor), Math.min(end, file.pages)) : 0;
+    status.dirty = status.writeback = status.evicted = status.recentlyEvicted = 0;
+    return 0;
+  }
+
+  fsync(fd: number): Result {
+    const file = this.file(i32('fd', fd));
+    if (!file) return this.badFd(fd);
+    if (!(file instanceof MemoryFile)) return this.refuse('EINVAL', 'this kind of file cannot be synced');
+    file.sync();
+    return 0;
+  }
+
+  read(fd: number, target: Uint8Array): Result {
+    bytes('target', target);
+    return this.#transfer(fd, target, (file) => {
+      const count = file.read(target, file.position);
+      file.position += count;
+      return count;
+    });
+  }
+
+  write(fd: number, source: Uint8Array): Result {
+    bytes('source', source);
+    return this.#transfer(fd, source, (file) => {
+      const count = file.write(source, file.position);
+      if (count > 0) file.position += count;
+      return count;
+    });
+  }
+
+  pread(fd: number, target: Uint8Array, offset: U64): Result {
+    bytes('target', target);
+    return this.#transferAt(fd, target, offset, (file, at) => file.read(target, at));
+  }
+
+  pwrite(fd: number, source: Uint8Array, offset: U64): Result {
+    bytes('source', source);
+    return this.#transferAt(fd, source, offset, (file, at) => file.write(source, at));
+  }
+
+  lseek(fd: number, offset: U64, whence: number): Result {
+    const at = BigInt.asIntN(64, BigInt(u64('offset', offset)));
+    const file = this.file(i32('fd', fd));
+    if (!file) return this.badFd(fd);
+    if (i32('whence', whence) < 0 || whence > 4) return this.refuse('EINVAL', `there is no whence ${whence}`);
+    if (file instanceof MemoryFile) return this.answer(file.seek(Number(at), whence));
+    return file.kind === 'kvm' || file.kind === 'vm' ? 0 : this.refuse('ESPIPE', 'this file has no position');
+  }
+
+  memfdCreate(name: string, flags: number): Result {
+    const known = MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB | 8 | 16;
+    const wanted = u32('flags', flags);
+    if (wanted & ~known & 0x3ffffff || (!(wanted & MFD_HUGETLB) && wanted >>> 26))
+      return this.refuse('EINVAL', `memfd flags ${hex(wanted)} are unknown`);
+    if (text('name', name).length > 249) return this.refuse('EINVAL', 'the name of a memfd has at most 249 bytes');
+    const file = (): MemoryFile =>
+      new MemoryFile(this.pageSize, this.newIno(), { sealable: (wanted & MFD_ALLOW_SEALING) !== 0 });
+    return this.install(file, (wanted & MFD_CLOEXEC) !== 0);
+  }
+
+  fcntlGetFd(fd: number): Result {
+    return this.fcntl(fd, F_GETFD, 0);
+  }
+
+  fcntl(fd: number, command: number, argument: number): Result {
+    const [number, value] = [i32('command', command), i32('argument', argument)];
+    const file = this.file(i32('fd', fd));
+    if (!file) return this.badFd(fd);
+    switch (number) {
+      case F_GETFD:
+        return this.inheritable.has(fd) ? 0 : FD_CLOEXEC;
+      case F_SETFD:
+        if (value & FD_CLOEXEC) this.inheritable.delete(fd);
+        else this.inheritable.add(fd);
+        return 0;
+      case F_GETFL: {
+        const largeFile = this.machine.isArm ? 0x20000 : 0x8000;
+        return file.kind === 'vm' || file.kind === 'uffd' ? 2 : 2 | largeFile;
+      }
+      case F_ADD_SEALS:
+      case F_GET_SEALS:
+        return file instanceof MemoryFile
+          ? this.answer(file.fcntlSeals(number, value))
+          : this.refuse('EINVAL', 'this file cannot be sealed');
+      default:
+        return this.refuse('EINVAL', `fcntl command ${number} is not one of this boundary`);
+    }
+  }
+
+  poll(fd: number, events: number): Result {
+    const wanted = i32('events', events);
+    const file = this.file(i32('fd', fd));
+    if (!file) return this.badFd(fd);
+    return file.kind === 'epoll' || file.kind === 'uffd' ? 0 : wanted & (POLLIN | POLLOUT);
+  }
+
+  epollCreate1(flags: number): Result {
+    if (i32('flags', flags) & ~O_CLOEXEC) return this.refuse('EINVAL', 'epoll_create1 knows only EPOLL_CLOEXEC');
+    return this.install(() => new EpollFile(), (flags & O_CLOEXEC) !== 0);
+  }
+
+  epollCtl(epoll: number, operation: number, fd: number, events: number): Result {
+    i32('events', events);
+    const [set, file] = [this.file(i32('epoll', epoll)), this.file(i32('fd', fd))];
+    if (!set || !file) return this.badFd(set ? fd : epoll);
+    // Files that are always ready cannot be waited for; only another epoll instance could, which no caller here needs.
+    if (file.kind !== 'epoll' && file.kind !== 'uffd') return this.refuse('EPERM', 'this kind of file is always ready');
+    if (set.kind !== 'epoll' || set === file) return this.refuse('EINVAL', 'not an epoll instance, or the same one');
+    return operation === EPOLL_CTL_ADD ? 0 : this.refuse('ENOENT', 'the file is not in the set');
+  }
+
+  dup(fd: number): Result {
+    const file = this.file(i32('fd', fd));
+    return file ? this.install(() => file) : this.badFd(fd);
+  }
+
+  close(fd: number): Result {
+    this.inheritable.delete(i32('fd', fd));
+    return this.files.close(fd) ? 0 : this.badFd(fd);
+  }
+
+  /** An fd that only names a file: every operation on it is EBADF. */
+  #openPath(path: string): Result {
+    const own = Number(/^\/proc\/self\/fd\/(\d+)$/.exec(path)?.[1]);
+    return path === '/dev/kvm' || this.files.get(own)
+      ? this.install(() => new OpenFile('path'), false)
+      : this.refuse('ENOENT', `the software kernel names only its own files, not ${path}`);
+  }
+
+  #transfer(fd: number, buffer: Uint8Array, move: (file: MemoryFile) => Result): Result {
+    const file = this.file(i32('fd', fd));
+    if (!file) return this.badFd(fd);
+    if (!(file instanceof MemoryFile)) return this.refuse('EINVAL', 'this file has no read or write');
+    if (!this.memory.canTouch(buffer)) return this.refuse('EFAULT', 'the buffer lies in memory that cannot be touched');
+    return this.answer(move(file));
+  }
+
+  #transferAt(fd: number, buffer: Uint8Array, offset: U64, move: (file: MemoryFile, at: number) => Result): Result {
+    const at = u64('offset', offset);
+    if (isNegative(at)) return this.refuse('EINVAL', 'the offset is negative');
+    const file = this.file(i32('fd', fd));
+    if (!file) return this.badFd(fd);
+    if (file.kind !== 'kvm' && !(file instanceof MemoryFile)) return this.refuse('ESPIPE', 'this file has no offsets');
+    return this.#transfer(fd, buffer, (opened) => move(opened, Number(at)));
+  }
+}

@@ -1,0 +1,214 @@
+import { formatBytes, hex } from '../../format.ts';
+import {
+  ERRNO,
+  MAP_ANONYMOUS,
+  MAP_POPULATE,
+  MAP_PRIVATE,
+  MAP_TYPE,
+  MS_ASYNC,
+  MS_SYNC,
+  O_CLOEXEC,
+  PROT_READ,
+  UFFD_FEATURE_WP_ASYNC,
+  UFFDIO_REGISTER_MODE_WP,
+} from '../../uapi.ts';
+import { bytes, i32, isAligned, toPages, u64 } from '../arguments.ts';
+import type { Result, U64 } from '../kernel.ts';
+import type { OpenFile } from '../state.ts';
+import { isAdvice, type MappedFile, type Mapping } from './address_space.ts';
+import { FileCalls } from './file_calls.ts';
+import { MemoryFile } from './memory_file.ts';
+import { mmapRules } from './mmap_rules.ts';
+import { SoftwareGuestMemfd, UserfaultFile } from './software_files.ts';
+
+/** The system calls on mappings, which are handles here. */
+export abstract class MappingCalls extends FileCalls {
+  mmap(args: { length: U64; prot: number; flags: number; fd: number; offset: U64 }): Result {
+    const flags = i32('flags', args.flags);
+    const fd = i32('fd', args.fd);
+    const request = {
+      length: u64('length', args.length),
+      prot: i32('prot', args.prot),
+      flags,
+      offset: u64('offset', args.offset),
+      file: flags & MAP_ANONYMOUS ? undefined : this.file(fd),
+    };
+    const refused = this.check(mmapRules, this.machine, request);
+    if (refused !== null) return refused;
+    const pages = Math.ceil(Number(request.length) / this.pageSize);
+    const shared = (flags & MAP_TYPE) !== MAP_PRIVATE;
+    const pgoff = request.file ? toPages(request.offset, this.pageSize) : 0;
+    const handle = this.memory.map(
+      pages,
+      shared,
+      this.#mappedFile(request.file, shared, pages),
+      pgoff,
+      request.prot & 7,
+    );
+    if (handle < 0) return this.refuse('ENOMEM', `no room for ${formatBytes(request.length)}`);
+    if (flags & MAP_POPULATE) this.memory.populate(this.memory.get(handle) as Mapping, 0, pages, PROT_READ);
+    return handle;
+  }
+
+  addressOf(mapping: number): bigint {
+    const found = this.memory.get(i32('mapping', mapping));
+    if (!found) throw new TypeError(`there is no mapping ${mapping}`);
+    return found.address;
+  }
+
+  mprotect(mapping: number, offset: U64, length: U64, prot: number): Result {
+    const wanted = i32('prot', prot);
+    return this.#range(mapping, offset, length, (found, start, end) => this.memory.protect(found, start, end, wanted));
+  }
+
+  madvise(mapping: number, offset: U64, length: U64, advice: number): Result {
+    const wanted = i32('advice', advice);
+    if (!isAdvice(wanted))
+      return this.refuse('EINVAL', `advice ${wanted} is unknown, or would poison memory of the machine`);
+    return this.#range(mapping, offset, length, (found, start, end) => this.memory.advise(found, start, end, wanted));
+  }
+
+  async madviseAsync(mapping: number, offset: U64, length: U64, advice: number): Promise<Result> {
+    return this.madvise(mapping, offset, length, advice);
+  }
+
+  mlock(mapping: number, offset: U64, length: U64): Result {
+    return this.#range(mapping, offset, length, (found, start, end) => this.memory.lock(found, start, end), Math.floor);
+  }
+
+  munlock(mapping: number, offset: U64, length: U64): Result {
+    return this.#range(
+      mapping,
+      offset,
+      length,
+      (found, start, end) => {
+        found.locked.delete(start, end);
+        return 0;
+      },
+      Math.floor,
+    );
+  }
+
+  msync(mapping: number, offset: U64, length: U64, flags: number): Result {
+    const wanted = i32('flags', flags);
+    if (wanted & ~7 || (wanted & MS_ASYNC && wanted & MS_SYNC))
+      return this.refuse('EINVAL', 'MS_ASYNC and MS_SYNC exclude each other');
+    return this.#range(mapping, offset, length, ({ file, gmem, shared }) => {
+      if (!(wanted & MS_SYNC) || !shared) return 0;
+      if (gmem) return -ERRNO.EINVAL;
+      if (file instanceof MemoryFile) file.sync();
+      return 0;
+    });
+  }
+
+  mbind(mapping: number, offset: U64, length: U64, policy: number, nodes: readonly number[]): Result {
+    const [number, wanted] = [i32('policy', policy), Array.from(nodes, (node) => i32('nodes', node))];
+    return this.#range(mapping, offset, length, (found, start, end) =>
+      this.memory.bind(found, start, end, number, wanted),
+    );
+  }
+
+  getMempolicy(mapping: number, offset: U64): Result {
+    return this.#range(mapping, offset, 1, (found, start) => this.memory.policyAt(found, start), Math.floor);
+  }
+
+  mincore(mapping: number, offset: U64, length: U64, residency: Uint8Array): Result {
+    bytes('residency', residency);
+    return this.#range(mapping, offset, length, (found, start, end) => {
+      if (residency.length < end - start) return -ERRNO.EFAULT;
+      this.memory.residency(found, start, end, residency);
+      return 0;
+    });
+  }
+
+  userfaultfd(flags: number): Result {
+    return i32('flags', flags) & ~(O_CLOEXEC | 0o4000 | 1)
+      ? this.refuse('EINVAL', 'unknown userfaultfd flags')
+      : this.install(() => new UserfaultFile());
+  }
+
+  uffdioApi(uffd: number, features: U64): Result {
+    const wanted = BigInt(u64('features', features));
+    const file = this.file(i32('uffd', uffd));
+    if (!file) return this.badFd(uffd);
+    if (!(file instanceof UserfaultFile)) return this.refuse('ENOTTY', 'not a userfaultfd');
+    if (file.features !== null || wanted >> 17n)
+      return this.refuse('EINVAL', 'the API is set already, or a feature is unknown');
+    file.features = wanted;
+    return 0;
+  }
+
+  uffdioRegister(uffd: number, mapping: number, offset: U64, length: U64, mode: number): Result {
+    const wanted = i32('mode', mode);
+    const file = this.file(i32('uffd', uffd));
+    if (!file) return this.badFd(uffd);
+    if (!(file instanceof UserfaultFile)) return this.refuse('ENOTTY', 'not a userfaultfd');
+    const { features } = file;
+    return this.#range(mapping, offset, length, ({ gmem }) => {
+      if (features === null || wanted < 1 || wanted > 7) return -ERRNO.EINVAL;
+      const asyncOnly = wanted === UFFDIO_REGISTER_MODE_WP && (features & BigInt(UFFD_FEATURE_WP_ASYNC)) !== 0n;
+      return gmem && !asyncOnly ? -ERRNO.EINVAL : 0;
+    });
+  }
+
+  peek(mapping: number, offset: U64, target: Uint8Array): Result {
+    const at = Number(u64('offset', offset));
+    bytes('target', target);
+    const found = this.memory.get(i32('mapping', mapping));
+    if (!found) return this.refuse('EFAULT', `there is no mapping ${mapping}`);
+    return this.answer(this.memory.peek(found, at, target));
+  }
+
+  poke(mapping: number, offset: U64, source: Uint8Array): Result {
+    const at = Number(u64('offset', offset));
+    bytes('source', source);
+    const found = this.memory.get(i32('mapping', mapping));
+    if (!found) return this.refuse('EFAULT', `there is no mapping ${mapping}`);
+    return this.answer(this.memory.poke(found, at, source));
+  }
+
+  window(mapping: number, offset: number, length: number): Uint8Array {
+    const found = this.memory.get(i32('mapping', mapping));
+    const inside = found && Number.isSafeInteger(offset) && Number.isSafeInteger(length) && offset >= 0 && length >= 0;
+    if (!inside || offset + length > found.pages * this.pageSize)
+      throw new TypeError(`mapping ${mapping} has no bytes ${offset}, +${length}`);
+    const view = this.memory.window(found, offset, length);
+    if (!view)
+      throw new TypeError(`bytes ${offset}, +${length} lie in two windows of the software kernel that cannot be one`);
+    return view;
+  }
+
+  releaseWindow(view: Uint8Array): void {
+    this.memory.releaseWindow(bytes('view', view));
+  }
+
+  munmap(mapping: number): Result {
+    return this.answer(this.memory.unmap(i32('mapping', mapping)));
+  }
+
+  /** A range of pages of a mapping; arguments are checked as the kernel does for an address and a length. */
+  #range(
+    mapping: number,
+    offset: U64,
+    length: U64,
+    call: (mapping: Mapping, start: number, end: number) => Result,
+    round?: (pages: number) => number,
+  ): Result {
+    const [at, size] = [u64('offset', offset), u64('length', length)];
+    const found = this.memory.get(i32('mapping', mapping));
+    if (!round && !isAligned(at, this.pageSize))
+      return this.refuse('EINVAL', `offset ${hex(at)} is not a multiple of ${this.pageSize}`);
+    const start = Math.floor(Number(at) / this.pageSize);
+    const end = Math.ceil((Number(at) + Number(size)) / this.pageSize);
+    if (!found || end > found.pages) return this.refuse('ENOMEM', 'the range is not mapped');
+    return start === end ? 0 : this.answer(call(found, start, end));
+  }
+
+  #mappedFile(file: OpenFile | undefined, shared: boolean, pages: number): MappedFile | null {
+    if (file instanceof SoftwareGuestMemfd || file instanceof MemoryFile) return file;
+    if (!shared) return null;
+    const memory = new MemoryFile(this.pageSize, this.newIno());
+    memory.size = pages * this.pageSize;
+    return memory;
+  }
+}

@@ -21,20 +21,20 @@ export const since = (version: string): Need => need(`older than ${version}`, (s
 export const before = (version: string): Need =>
   need(`not older than ${version}`, (s) => compareVersions(s.kernel.release, version) < 0);
 
-// ── VM types
+// ── VM types. Where there is another sign of a thing than the call a case tests, the need asks for that: a call that is
+// broken must not make its own case inapplicable.
 const canCreate = (type: number) => (s: Scenario) => s.createVm(type) >= 0;
-export const swProtected = need(
-  'no SW_PROTECTED VM',
-  (s) => s.kernel.arch === 'x86_64' && canCreate(1)(s) && (s.cap(s.kvm, 'VM_TYPES') & 2) !== 0,
-);
-export const noSwProtected = need('SW_PROTECTED VMs exist', (s) => (s.cap(s.kvm, 'VM_TYPES') & 2) === 0);
+const listsType1 = (s: Scenario) => (s.cap(s.kvm, 'VM_TYPES') & 2) !== 0;
+export const swProtected = need('no SW_PROTECTED VM', listsType1);
+export const noSwProtected = need('SW_PROTECTED VMs exist', (s) => !listsType1(s));
+/** A protected host gives no VM the IPA size it asks for, not even an impossible one. */
 export const protectedVm = need(
   'no protected VM',
-  (s) => s.kernel.arch === 'aarch64' && canCreate(KVM_VM_TYPE_ARM_PROTECTED)(s),
+  (s) => s.kernel.arch === 'aarch64' && s.since('7.1') && canCreate(1)(s),
 );
-/** A host that gives a VM the IPA size it asks for. */
-export const ordinaryHost = need('a protected host', (s) => !canCreate(1)(s));
-export const protectedHost = need('not a protected host', (s) => canCreate(1)(s));
+export const noProtectedVm = need('a protected host', (s) => !canCreate(1)(s));
+export const protectedHost = need('not a protected host', canCreate(KVM_VM_TYPE_ARM_PROTECTED));
+export const ordinaryHost = need('a protected host', (s) => !canCreate(KVM_VM_TYPE_ARM_PROTECTED)(s));
 
 // ── what KVM_CHECK_EXTENSION says
 export const attributes = need('attributes not built', (s) => s.cap(s.kvm, 'MEMORY_ATTRIBUTES') === 8);
@@ -45,7 +45,7 @@ export const smm = need('no SMM address space', (s) => s.cap(s.vm(), 'MULTI_ADDR
 export const gmemOnDefaultVm = need('no guest_memfd on a default VM', (s) => s.cap(s.vm(), 'GUEST_MEMFD') === 1);
 export const gmemSlots = need(
   'no VM whose slots take a guest_memfd',
-  (s) => s.cap(s.vm(), 'GUEST_MEMFD') === 1 || (s.kernel.arch === 'x86_64' && canCreate(1)(s)),
+  (s) => s.cap(s.vm(), 'GUEST_MEMFD') === 1 || listsType1(s),
 );
 const gmemFlag = (flag: number) => (s: Scenario) => (s.cap(s.vm(), 'GUEST_MEMFD_FLAGS') & flag) !== 0;
 export const mappable = need('no guest_memfd flag MMAP', gmemFlag(MMAP));
@@ -71,3 +71,5 @@ export const asyncWriteProtect = need('no userfaultfd WP_ASYNC', (s) => {
 /** Two needs ask which backend it is. A modelled page cannot end the process, and modelled memory has one buffer for all its windows. */
 export const realMemory = need('modelled memory raises no signals', (s) => s.kernel.name === 'linux');
 export const separateWindows = need('windows of one memory share their buffer', (s) => s.kernel.name === 'linux');
+/** What no model can have. */
+export const needRealKernel: readonly Need[] = [realMemory, separateWindows];

@@ -1,6 +1,8 @@
 import t from 'tap';
 import { softwareKernel } from '../../lib/kernel/index.ts';
 import { kernelVersions, type ModelOptions } from '../../lib/model_options.ts';
+import { sections } from './cases/index.ts';
+import { needRealKernel } from './needs.ts';
 import type { InChild } from './scenario.ts';
 import { conform, publish, type Tally } from './suite.ts';
 
@@ -40,3 +42,13 @@ for (const model of models) {
   });
 }
 publish('software', tallies);
+
+const ran = new Set(tallies.flatMap((tally) => tally.ran));
+const cases = sections.flatMap((section) => section.cases);
+const never = cases.filter((each) => !ran.has(each.id) && !each.needs.some((need) => needRealKernel.includes(need)));
+t.same(
+  never.map((each) => each.id),
+  [],
+  'every case runs on some kernel the model plays, unless only a real one can',
+);
+t.equal(new Set(cases.map((each) => each.id)).size, cases.length, 'every case has a number of its own');

@@ -9,21 +9,23 @@ export interface Tally {
   readonly kernel: string;
   agree: number;
   disagree: number;
+  /** The numbers of the cases that ran. */
+  readonly ran: string[];
   /** Cases by what was missing. */
   readonly notApplicable: Record<string, number>;
 }
 
 /** Runs every case whose needs the kernel meets: a subtest per section, an assertion per case. */
 export async function conform(t: Test, name: string, kernel: Kernel, inChild: InChild): Promise<Tally> {
-  const tally: Tally = { kernel: name, agree: 0, disagree: 0, notApplicable: {} };
-  const answers = new Map<string, boolean>();
+  const tally: Tally = { kernel: name, agree: 0, disagree: 0, ran: [], notApplicable: {} };
+  const answers = new Map<Need, boolean>();
   const isMet = (need: Need): boolean => {
-    const known = answers.get(need.missing);
+    const known = answers.get(need);
     if (known !== undefined) return known;
     const s = new Scenario(kernel, inChild);
     const met = need.met(s);
     s.close();
-    answers.set(need.missing, met);
+    answers.set(need, met);
     return met;
   };
   for (const { title, cases } of sections) {
@@ -35,6 +37,7 @@ export async function conform(t: Test, name: string, kernel: Kernel, inChild: In
     if (applicable.length === 0) continue;
     await t.test(title, async (t) => {
       for (const each of applicable) {
+        tally.ran.push(each.id);
         const difference = await judge(each, new Scenario(kernel, inChild));
         tally[difference ? 'disagree' : 'agree']++;
         if (difference) t.fail(`${each.id}: ${each.sentence}`, { ...difference, kernel: name, at: null, stack: '' });
@@ -63,5 +66,8 @@ async function judge(each: Case, s: Scenario): Promise<{ expected: string; got: 
 export function publish(family: string, tallies: readonly Tally[], reason?: string): void {
   const folder = new URL('../../../.tap/conformance/', import.meta.url);
   mkdirSync(folder, { recursive: true });
-  writeFileSync(new URL(`${family}.json`, folder), JSON.stringify({ tallies, reason }));
+  writeFileSync(
+    new URL(`${family}.json`, folder),
+    JSON.stringify({ tallies: tallies.map(({ ran: _, ...counts }) => counts), reason }),
+  );
 }

@@ -576,10 +576,11 @@ export const gmemSlotCases = section('Slots: guest_memfd', [
       s.bind(vm, { slot: 1, at: 100, file, from: 5 }),
       s.bind(vm, { slot: 1, at: 100, file, from: 4, pages: 4 }),
       s.bind(vm, { slot: 1, at: 100, file, from: 7, pages: 2 }),
+      s.bind(vm, { slot: 1, at: 100, file, from: 7, pages: 10 }),
       s.bind(vm, { slot: 1, at: 100, file, from: 0, pages: 4 }),
       s.bind(vm, { slot: 2, at: 200, file, from: 8, pages: 8 }),
     ],
-    expect: [bindingOverlap, bindingOverlap, bindingOverlap, bindingOverlap, 0, 0],
+    expect: [bindingOverlap, bindingOverlap, bindingOverlap, bindingOverlap, 'EINVAL', 0, 0],
   }),
   scenario(151, 'a dup is the same file: what one binds the other cannot', {
     needs: [gmemSlots],

@@ -208,6 +208,11 @@ export const mmap = section('mmap', [
     when: (s, file) => [s.closeFd(file), s.mmap(file), s.mmap(file, { flags: MAP_SHARED | MAP_HUGETLB })],
     expect: [0, 'EBADF', 'EBADF'],
   }),
+  scenario('8.1 other files', 'a VM fd cannot be mapped', {
+    given: (s) => s.vm(),
+    when: (s, vm) => [s.mmap(vm), s.mmap(vm, { flags: MAP_PRIVATE, prot: PROT_READ })],
+    expect: ['ENODEV', 'ENODEV'],
+  }),
   scenario('8.1 step 3', 'MAP_HUGETLB is EINVAL, before the file is asked', {
     given: gmem(0),
     when: (s, file) => [

@@ -20,6 +20,7 @@ import {
   dirtyRing,
   gmemOnDefaultVm,
   noAttributes,
+  noProtectedVm,
   noSwProtected,
   noTdp,
   ordinaryHost,
@@ -160,7 +161,7 @@ export const createVm = section('KVM_CREATE_VM', [
     expect: ['EINVAL', 'EINVAL', 'EINVAL', 'EINVAL', 'EINVAL'],
   }),
   scenario(8, 'arm64: a protected VM on an ordinary host is EINVAL', {
-    needs: [arm64, ordinaryHost],
+    needs: [arm64, noProtectedVm],
     when: (s) => createVms(s, 0x80000000, 0x80000028),
     expect: ['EINVAL', 'EINVAL'],
   }),
@@ -324,20 +325,26 @@ export const checkExtension = section('KVM_CHECK_EXTENSION', [
 ]);
 
 // ── KVM_ENABLE_CAP
-const { MANUAL_DIRTY_LOG_PROTECT2, EXIT_HYPERCALL, DIRTY_LOG_RING, DIRTY_LOG_RING_ACQ_REL } = KVM_CAP;
+const {
+  MANUAL_DIRTY_LOG_PROTECT2,
+  EXIT_HYPERCALL,
+  DIRTY_LOG_RING,
+  DIRTY_LOG_RING_ACQ_REL,
+  DIRTY_LOG_RING_WITH_BITMAP,
+} = KVM_CAP;
 
 const ring = (name: string, cap: number, needs: Case['needs']): Case[] => [
   scenario(`5 ${name} size`, 'a dirty ring is a power of two bytes, at least a page, at most 65536 entries', {
     needs,
     given: (s) => s.vm(),
-    when: (s, vm) => [3 * s.P, s.P / 2, 0, 2 << 20, 1 << 20].map((size) => s.enable(vm, cap, size)),
-    expect: ['EINVAL', 'EINVAL', 'EINVAL', 'E2BIG', 0],
+    when: (s, vm) => [3 * s.P, s.P / 2, 0, 3 << 20, 2 << 20, 1 << 20].map((size) => s.enable(vm, cap, size)),
+    expect: ['EINVAL', 'EINVAL', 'EINVAL', 'EINVAL', 'E2BIG', 0],
   }),
   scenario(`5 ${name} twice`, 'a dirty ring can be set once', {
     needs,
     given: (s) => s.vm(),
-    when: (s, vm) => [s.enable(vm, cap, 1 << 16), s.enable(vm, cap, 1 << 16)],
-    expect: [0, 'EINVAL'],
+    when: (s, vm) => [1 << 16, 1 << 16, 0, 2 << 20].map((size) => s.enable(vm, cap, size)),
+    expect: [0, 'EINVAL', 'EINVAL', 'E2BIG'],
   }),
 ];
 
@@ -388,6 +395,32 @@ export const enableCap = section('KVM_ENABLE_CAP', [
   }),
   ...ring('DIRTY_LOG_RING', DIRTY_LOG_RING, [dirtyRing]),
   ...ring('DIRTY_LOG_RING_ACQ_REL', DIRTY_LOG_RING_ACQ_REL, [ringAcqRel]),
+  scenario('5 bitmap', 'x86 has no bitmap beside the dirty ring', {
+    needs: [dirtyRing],
+    given: (s) => s.vm(),
+    when: (s, vm) => [
+      s.enable(vm, DIRTY_LOG_RING_WITH_BITMAP, 0),
+      s.enable(vm, DIRTY_LOG_RING, 1 << 16),
+      s.enable(vm, DIRTY_LOG_RING_WITH_BITMAP, 0),
+    ],
+    expect: ['EINVAL', 0, 'EINVAL'],
+  }),
+  scenario('5 bitmap arm64', 'arm64: a bitmap beside the dirty ring, after the ring and before the first slot', {
+    needs: [arm64, ringAcqRel],
+    given: (s) => ({ vm: s.vm(), late: s.vm() }),
+    when: (s, { vm, late }) => [
+      s.enable(vm, DIRTY_LOG_RING_WITH_BITMAP, 0),
+      s.enable(vm, DIRTY_LOG_RING_ACQ_REL, 1 << 16),
+      s.enable(vm, DIRTY_LOG_RING_WITH_BITMAP, 0),
+      s.slot(vm, { flags: 1 }),
+      s.dirty(vm, 0),
+      s.dirty(vm, 9),
+      s.enable(late, DIRTY_LOG_RING_ACQ_REL, 1 << 16),
+      s.slot(late),
+      s.enable(late, DIRTY_LOG_RING_WITH_BITMAP, 0),
+    ],
+    expect: ['EINVAL', 0, 0, 0, Array(8).fill(0), 'ENOENT', 0, 0, 'EINVAL'],
+  }),
   scenario('5 DIRTY_LOG_RING arm64', 'arm64 has no DIRTY_LOG_RING without ACQ_REL', {
     needs: [arm64],
     given: (s) => s.vm(),

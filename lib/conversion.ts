@@ -1,3 +1,4 @@
+import { setImmediate } from 'node:timers/promises';
 import { KvmError, systemError } from './errors.ts';
 import { formatRange } from './format.ts';
 import type { GuestRange, Visibility } from './guest_range.ts';
@@ -42,6 +43,8 @@ export interface ConversionOwner {
   detachViews(address: number, size: number): void;
 }
 
+/** Milliseconds that an asynchronous conversion may keep the event loop. */
+const MAX_HOLD = 5;
 const DEFAULT_CHUNK = 64 * MiB;
 const PUNCH = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE;
 const contents = ['unspecified', 'zero', 'preserve'] as const;
@@ -107,8 +110,17 @@ export class Conversion {
 
   async run(): Promise<ConversionReport> {
     const steps = this.#steps();
+    let rested = performance.now();
     let next = steps.next();
-    while (!next.done) next = steps.next(await next.value.async());
+    while (!next.done) {
+      const result = await next.value.async();
+      // A kernel that answers at once must not keep timers and sockets waiting.
+      if (performance.now() - rested > MAX_HOLD) {
+        await setImmediate();
+        rested = performance.now();
+      }
+      next = steps.next(result);
+    }
     return next.value;
   }
 
@@ -196,6 +208,7 @@ export class Conversion {
     try {
       for (const chunk of this.#chunks(changed)) {
         this.#signal?.throwIfAborted();
+        this.#assertNotPinned([chunk]);
         yield* this.#call(this.#set(chunk, this.#to));
         done.push(chunk);
         bytes += chunk.size;
@@ -283,6 +296,8 @@ export class Conversion {
 
   *#call(step: Step): Steps<void> {
     const result = yield step;
+    // Meanwhile the VM may have been closed, and its fd may be another's.
+    this.#owner.assertOpen();
     if (result < 0) throw systemError(result, step, this.#owner.kernel.explain());
   }
 }

@@ -44,16 +44,18 @@ export class GuestMemfd extends Resource {
     guardConstructor(token, 'vm.createGuestMemfd()');
     const { fd } = file;
     const mapping = { handle: -1 };
-    super(vm, `guest_memfd (fd ${fd}, ${formatBytes(file.size)})`, () => {
-      if (mapping.handle >= 0) kernel.munmap(mapping.handle);
-      kernel.close(fd);
-    });
+    super(vm, `guest_memfd (fd ${fd}, ${formatBytes(file.size)})`, releasing(kernel, fd, mapping));
     this.#kernel = kernel;
     this.#vm = vm;
     this.#fd = fd;
     this.#mapping = mapping;
     this.size = file.size;
     this.flags = file.flags;
+  }
+
+  /** @internal */
+  static is(value: unknown): value is GuestMemfd {
+    return typeof value === 'object' && value !== null && #pins in value;
   }
 
   /** On KVM a file descriptor of this process, with FD_CLOEXEC; closed by close() and by nobody else. */
@@ -93,8 +95,8 @@ export class GuestMemfd extends Resource {
    * @see mmap(2); GUEST_MEMFD_FLAG_MMAP and _INIT_SHARED, Linux 6.18
    */
   bytes(range?: FileRange): Uint8Array {
-    this.assertOpen();
     const { offset, size } = fileRange('range', range, this.size);
+    this.assertOpen();
     if (size > WINDOW_MAX) throw rangeError(`a view has at most ${formatBytes(WINDOW_MAX)}; ask for a part`);
     if (!this.#hostAccessible) {
       throw KvmError.unsupported(
@@ -114,8 +116,8 @@ export class GuestMemfd extends Resource {
    * @see cachestat(2), Linux 6.5, which needs no mapping; mincore(2) where a sandbox forbids it
    */
   residentBytes(range?: FileRange): number {
-    this.assertOpen();
     const { offset, size } = fileRange('range', range, this.size);
+    this.assertOpen();
     const status: { cache?: number } = {};
     const result = this.#kernel.cachestat(this.#fd, offset, size, status);
     if (result >= 0) return (status.cache ?? 0) * this.#kernel.pageSize;
@@ -134,8 +136,8 @@ export class GuestMemfd extends Resource {
    * @returns The pin; dispose of it to let go.
    */
   pin(range: FileRange): Disposable {
-    this.assertOpen();
     const { offset, size } = fileRange('range', options('range', range), this.size);
+    this.assertOpen();
     const pins = this.#pins;
     let held = true;
     count(pins, offset, offset + size, 1);
@@ -195,8 +197,8 @@ export class GuestMemfd extends Resource {
   }
 
   #fallocate(mode: number, range?: FileRange): void {
-    this.assertOpen();
     const { offset, size } = fileRange('range', range, this.size);
+    this.assertOpen();
     this.#check(this.#kernel.fallocate(this.#fd, mode, offset, size), 'fallocate', { mode, offset, length: size });
   }
 
@@ -204,6 +206,14 @@ export class GuestMemfd extends Resource {
     if (result < 0) throw systemError(result, { syscall, args }, this.#kernel.explain());
     return result;
   }
+}
+
+function releasing(kernel: Kernel, fd: number, mapping: { readonly handle: number }): () => void {
+  const weak = new WeakRef(kernel);
+  return () => {
+    if (mapping.handle >= 0) weak.deref()?.munmap(mapping.handle);
+    weak.deref()?.close(fd);
+  };
 }
 
 /** Adds to a number kept for every byte of a range. */

@@ -1,12 +1,13 @@
-import { types } from 'node:util';
+import { constants } from 'node:buffer';
 import { KvmError } from './errors.ts';
 import { formatRange } from './format.ts';
 import { WINDOW_MAX } from './host_memory.ts';
+import { bytes } from './kernel/arguments.ts';
 import type { Kernel } from './kernel/kernel.ts';
 import type { Memslot } from './memslot.ts';
 import { guardConstructor, type internal } from './resource.ts';
 import { ERRNO, errnoName } from './uapi.ts';
-import { integer, rangeError, typeError } from './validate.ts';
+import { integer, rangeError } from './validate.ts';
 import type { Vm } from './vm.ts';
 
 /** Bytes of one mapping that a guest address range shows. */
@@ -52,6 +53,9 @@ export class GuestMemory {
    * @throws KvmError `EFAULT`, naming the range and why, if any byte is private, has no memslot, or is not for the host · `ERR_CLOSED`
    */
   read(address: number, length: number): Uint8Array {
+    integer('address', address);
+    if (integer('length', length) > constants.MAX_LENGTH)
+      throw rangeError(`a read has at most ${constants.MAX_LENGTH} bytes`);
     this.#owner.assertOpen();
     const pieces = this.#plan(address, length, 'read');
     return this.#copyOut(address, pieces, new Uint8Array(length));
@@ -59,9 +63,9 @@ export class GuestMemory {
 
   /** The same into a buffer of the caller's. @returns the bytes copied: all of `target`. */
   readInto(address: number, target: Uint8Array): number {
+    const plain = bytes('target', target);
     this.#owner.assertOpen();
-    const pieces = this.#plan(address, bytes('target', target).length, 'read');
-    return this.#copyOut(address, pieces, target).length;
+    return this.#copyOut(address, this.#plan(address, plain.length, 'read'), plain).length;
   }
 
   /**
@@ -71,10 +75,11 @@ export class GuestMemory {
    * @throws KvmError `EFAULT` as for read() · `ERR_CLOSED`
    */
   write(address: number, data: Uint8Array): void {
+    const plain = bytes('data', data);
     this.#owner.assertOpen();
     let position = 0;
-    for (const { mapping, offset, size } of this.#plan(address, bytes('data', data).length, 'write')) {
-      const copied = this.#owner.kernel.poke(mapping, offset, data.subarray(position, position + size));
+    for (const { mapping, offset, size } of this.#plan(address, plain.length, 'write')) {
+      const copied = this.#owner.kernel.poke(mapping, offset, plain.subarray(position, position + size));
       if (copied < size)
         throw this.#fault('write', address + position + Math.max(0, copied), size, 'the host has no page there');
       position += size;
@@ -171,8 +176,3 @@ export class GuestMemory {
 }
 
 const keepAlive = new WeakMap<ArrayBufferLike, object>();
-
-function bytes(name: string, value: Uint8Array): Uint8Array {
-  if (!types.isUint8Array(value)) throw typeError(`${name} must be a Uint8Array`);
-  return value;
-}

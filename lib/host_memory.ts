@@ -87,16 +87,26 @@ export class HostMemory extends Resource {
   readonly #slots = new Set<Memslot>();
 
   /** @internal */
-  static create(token: typeof internal, kvm: Kvm, kernel: Kernel, given: HostMemoryOptions): HostMemory {
+  static create(
+    token: typeof internal,
+    kvm: Kvm,
+    kernel: Kernel,
+    given: HostMemoryOptions,
+    assertOpen: () => void,
+  ): HostMemory {
     const read = options('options', given);
     const kind = read.kind === undefined ? 'anonymous' : oneOf('kind', read.kind, kinds);
     const size = integer('size', read.size, 1);
     const { path, hugePageSize = 2 * MiB, numaNode } = read;
-    integer('hugePageSize', hugePageSize, kernel.pageSize);
+    integer('hugePageSize', hugePageSize, 2 * kernel.pageSize);
+    if (!Number.isInteger(Math.log2(hugePageSize)))
+      throw rangeError(`hugePageSize must be a power of two, got ${hugePageSize}`);
     if (numaNode !== undefined) integer('numaNode', numaNode, 0, 1023);
     const alignment = kind === 'hugetlb' ? hugePageSize : kernel.pageSize;
     if (size % alignment !== 0) throw rangeError(`size must be a multiple of ${formatBytes(alignment)}, got ${size}`);
-    const [mapping, fd] = map(kernel, kind, size, kind === 'file' ? text('path', path) : '', hugePageSize);
+    const file = kind === 'file' ? text('path', path) : '';
+    assertOpen();
+    const [mapping, fd] = map(kernel, kind, size, file, hugePageSize);
     if (numaNode !== undefined) {
       const bound = kernel.mbind(mapping, 0, size, MPOL_BIND, [numaNode]);
       if (bound < 0) {
@@ -120,13 +130,18 @@ export class HostMemory extends Resource {
   ) {
     guardConstructor(token, 'kvm.createHostMemory()');
     const { mapping, fd } = memory;
-    super(kvm, `host memory (${memory.kind}, ${formatBytes(memory.size)})`, () => release(kernel, mapping, fd));
+    super(kvm, `host memory (${memory.kind}, ${formatBytes(memory.size)})`, releasing(kernel, mapping, fd));
     this.#kernel = kernel;
     this.#kvm = kvm;
     this.#mapping = mapping;
     this.#alignment = memory.alignment;
     this.kind = memory.kind;
     this.size = memory.size;
+  }
+
+  /** @internal */
+  static is(value: unknown): value is HostMemory {
+    return typeof value === 'object' && value !== null && #mapping in value;
   }
 
   /** Where it lies in this process; on the software kernel, in the address space that kernel keeps. */
@@ -143,8 +158,8 @@ export class HostMemory extends Resource {
    * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `ERR_CLOSED`
    */
   bytes(range?: FileRange): Uint8Array {
-    this.assertOpen();
     const { offset, size } = fileRange('range', range, this.size);
+    this.assertOpen();
     if (size > WINDOW_MAX) throw rangeError(`a view has at most ${formatBytes(WINDOW_MAX)}; ask for a part`);
     const view = this.#kernel.window(this.#mapping, offset, size);
     keptAlive.set(view.buffer, this);
@@ -159,11 +174,11 @@ export class HostMemory extends Resource {
    * @see madvise(2) with MADV_DONTNEED; for a 'memfd' or 'file' with MADV_REMOVE
    */
   discard(range: FileRange): void {
-    this.assertOpen();
     const { offset, size } = fileRange('range', options('range', range), this.size);
     if (offset % this.#alignment !== 0 || size % this.#alignment !== 0) {
       throw rangeError(`range must be made of whole pages of ${this.#alignment} bytes, got ${offset}, +${size}`);
     }
+    this.assertOpen();
     checked(this.#kernel, this.#kernel.madvise(this.#mapping, offset, size, this.#advice), 'madvise', { offset, size });
   }
 
@@ -174,8 +189,9 @@ export class HostMemory extends Resource {
    * @see mincore(2)
    */
   residentBytes(range?: FileRange): number {
+    const wanted = fileRange('range', range, this.size);
     this.assertOpen();
-    return residentBytes(this.#kernel, this.#mapping, fileRange('range', range, this.size));
+    return residentBytes(this.#kernel, this.#mapping, wanted);
   }
 
   /**
@@ -256,7 +272,12 @@ function map(
   try {
     const status: { size?: bigint } = {};
     checked(kernel, kernel.fstat(fd, status), 'fstat');
-    if (Number(status.size) < size) checked(kernel, kernel.ftruncate(fd, size), 'ftruncate', { size });
+    if (Number(status.size) < size) {
+      const resized = kernel.ftruncate(fd, size);
+      const reason =
+        resized === -ERRNO.EINVAL ? `${path} is not a regular file, or cannot be that large` : kernel.explain();
+      if (resized < 0) throw systemError(resized, { syscall: 'ftruncate', args: { path, size } }, reason);
+    }
     return [checked(kernel, mmap(MAP_SHARED, fd), 'mmap', { size }), fd];
   } catch (error) {
     kernel.close(fd);
@@ -267,4 +288,12 @@ function map(
 function release(kernel: Kernel, mapping: number, fd: number): void {
   kernel.munmap(mapping);
   if (fd >= 0) kernel.close(fd);
+}
+
+function releasing(kernel: Kernel, mapping: number, fd: number): () => void {
+  const weak = new WeakRef(kernel);
+  return () => {
+    const alive = weak.deref();
+    if (alive) release(alive, mapping, fd);
+  };
 }

@@ -4,7 +4,7 @@ import type { Kernel, Result } from './kernel/kernel.ts';
 import { linuxKernel } from './kernel/linux/linux_kernel.ts';
 import { softwareKernel } from './kernel/software/index.ts';
 import type { Arch, ModelOptions } from './model_options.ts';
-import { guardConstructor, internal, Resource } from './resource.ts';
+import { closing, guardConstructor, internal, Resource } from './resource.ts';
 import { ERRNO, KVM_API_VERSION, KVM_CAP } from './uapi.ts';
 import { integer, oneOf, options, rangeError, text } from './validate.ts';
 import { Vm } from './vm.ts';
@@ -84,7 +84,7 @@ export class Kvm extends Resource {
   /** @internal */
   constructor(token: typeof internal, kernel: Kernel, fd: number, reason: KvmError | null) {
     guardConstructor(token, 'Kvm.open()');
-    super(null, 'KVM', () => kernel.close(fd));
+    super(null, 'KVM', closing(kernel, fd));
     this.#kernel = kernel;
     this.#fd = fd;
     this.backend = kernel.name === 'linux' ? 'kvm' : 'software';
@@ -99,7 +99,7 @@ export class Kvm extends Resource {
   get vmTypes(): ReadonlySet<VmType> {
     this.assertOpen();
     this.#vmTypes ??= this.#askVmTypes();
-    return this.#vmTypes;
+    return new Set(this.#vmTypes);
   }
 
   /**
@@ -109,10 +109,9 @@ export class Kvm extends Resource {
    * @see KVM_CHECK_EXTENSION
    */
   checkExtension(capability: string | number): number {
+    const number = capabilityNumber(capability);
     this.assertOpen();
-    return this.#check(this.#kernel.checkExtension(this.#fd, capabilityNumber(capability)), 'KVM_CHECK_EXTENSION', {
-      capability,
-    });
+    return this.#check(this.#kernel.checkExtension(this.#fd, number), 'KVM_CHECK_EXTENSION', { capability });
   }
 
   /**
@@ -120,11 +119,11 @@ export class Kvm extends Resource {
    * @see KVM_CREATE_VM
    */
   createVm(given: VmOptions = {}): Vm {
-    this.assertOpen();
     const { type: wanted = 'default', ipaBits } = options('options', given);
     const type = oneOf('type', wanted, vmTypeNames);
+    if (ipaBits !== undefined) integer('ipaBits', ipaBits, 32, 64);
+    this.assertOpen();
     if (ipaBits !== undefined) {
-      integer('ipaBits', ipaBits, 32, 64);
       if (this.arch !== 'aarch64') throw KvmError.unsupported('ipaBits exist on aarch64 only');
     }
     const number = (this.arch === 'aarch64' ? armVmTypes : x86VmTypes).get(type);
@@ -146,8 +145,7 @@ export class Kvm extends Resource {
    * @throws KvmError `ENOMEM` and others of the system calls behind it · `ERR_CLOSED` · TypeError, RangeError for options that cannot be
    */
   createHostMemory(given: HostMemoryOptions): HostMemory {
-    this.assertOpen();
-    return HostMemory.create(internal, this, this.#kernel, given);
+    return HostMemory.create(internal, this, this.#kernel, given, () => this.assertOpen());
   }
 
   #askVmTypes(): ReadonlySet<VmType> {
@@ -201,6 +199,6 @@ function cannotOpen(result: Result, device: string): KvmError {
         message: `there is no ${device}: load the kvm_intel or kvm_amd module, switch on virtualization in the firmware (or nested virtualization for this VM), or pass the device to the container (--device ${device})`,
       });
     default:
-      return systemError(result, call, null);
+      return systemError(result, call, `${device} cannot be opened as KVM`);
   }
 }

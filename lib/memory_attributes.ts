@@ -35,8 +35,18 @@ export class MemoryAttributes implements Iterable<GuestRange & { readonly visibi
 
   /** In ascending order, as large as possible; only what lies within the range, when there is one. */
   privateRanges(within?: GuestRange): GuestRange[] {
-    const { start, end } = within === undefined ? { start: 0, end: LAST } : this.#pages(within);
-    return Array.from(this.#gfns.within(start, end), (range) => this.#bytes(range.start, range.end));
+    if (within === undefined)
+      return Array.from(this.#gfns.within(0, LAST), ({ start, end }) => this.#bytes(start, end));
+    const { address, size } = guestRange('within', within);
+    const last = address + size;
+    return Array.from(
+      this.#gfns.within(Math.floor(address / this.#pageSize), Math.ceil(last / this.#pageSize)),
+      (range) => {
+        const whole = this.#bytes(range.start, range.end);
+        const from = Math.max(address, whole.address);
+        return { address: from, size: Math.min(last, whole.address + whole.size) - from };
+      },
+    );
   }
 
   get privateBytes(): number {

@@ -1,7 +1,7 @@
 import { KvmError, systemError } from './errors.ts';
-import type { GuestMemfd } from './guest_memfd.ts';
+import { GuestMemfd } from './guest_memfd.ts';
 import type { FileRange } from './guest_range.ts';
-import type { HostMemory } from './host_memory.ts';
+import { HostMemory } from './host_memory.ts';
 import type { Kernel, Result } from './kernel/kernel.ts';
 import type { RangeMap } from './ranges.ts';
 import { guardConstructor, type internal } from './resource.ts';
@@ -45,6 +45,8 @@ export interface SlotOwner {
   readonly slots: Map<number, Memslot>;
   /** Slots of address space 0 by guest physical address. */
   readonly byAddress: RangeMap<Memslot>;
+  /** By address space, a number below which every slot exists. */
+  readonly firstFree: number[];
 }
 
 interface Placement {
@@ -74,24 +76,25 @@ export class Memslot implements Disposable {
 
   /** @internal */
   static create(token: typeof internal, owner: SlotOwner, given: MemslotOptions): Memslot {
-    const read = { ...options('options', given) };
-    const addressSpace = integer('addressSpace', read.addressSpace ?? 0, 0, 0xffff);
-    const number =
-      read.slot === undefined ? freeSlot(owner.slots, addressSpace) : integer('slot', read.slot, 0, 0xffff);
-    const hostMemory = read.hostMemory ?? null;
-    const guestMemfd = read.guestMemfd ?? null;
+    const { slot, addressSpace: space = 0, address, size, hostMemory, guestMemfd, ...rest } = options('options', given);
+    const addressSpace = integer('addressSpace', space, 0, 0xffff);
+    if (slot !== undefined) integer('slot', slot, 0, 0xffff);
+    if (hostMemory !== undefined && !HostMemory.is(hostMemory)) throw typeError('hostMemory must be a HostMemory');
+    if (guestMemfd !== undefined && !GuestMemfd.is(guestMemfd)) throw typeError('guestMemfd must be a GuestMemfd');
     const placement: Placement = {
-      address: integer('address', read.address),
-      size: integer('size', read.size, 1),
-      hostMemory,
-      hostOffset: integer('hostOffset', read.hostOffset ?? 0),
-      guestMemfd,
-      guestMemfdOffset: integer('guestMemfdOffset', read.guestMemfdOffset ?? 0),
-      readonly: boolean('readonly', read.readonly ?? false),
-      logDirtyPages: boolean('logDirtyPages', read.logDirtyPages ?? false),
+      address: integer('address', address),
+      size: integer('size', size, 1),
+      hostMemory: hostMemory ?? null,
+      hostOffset: integer('hostOffset', rest.hostOffset ?? 0),
+      guestMemfd: guestMemfd ?? null,
+      guestMemfdOffset: integer('guestMemfdOffset', rest.guestMemfdOffset ?? 0),
+      readonly: boolean('readonly', rest.readonly ?? false),
+      logDirtyPages: boolean('logDirtyPages', rest.logDirtyPages ?? false),
     };
+    owner.assertOpen();
     checkBacking(owner.vm, placement);
-    return new Memslot(token, owner, number | (addressSpace << 16), placement);
+    owner.assertIdle(placement.address, placement.size);
+    return new Memslot(token, owner, (slot ?? freeSlot(owner, addressSpace)) | (addressSpace << 16), placement);
   }
 
   /** @internal */
@@ -163,8 +166,8 @@ export class Memslot implements Disposable {
    *   `ERR_CLOSED`
    */
   move(address: number): void {
-    this.#assertThere();
     integer('address', address);
+    this.#assertThere();
     this.#owner.assertIdle(this.address, this.size);
     this.#setRegion(address, this.size, this.logDirtyPages);
     this.#disappear();
@@ -178,8 +181,9 @@ export class Memslot implements Disposable {
    * @throws KvmError `EINVAL` a slot with a guest_memfd cannot log · `ERR_CLOSED`
    */
   setLogDirtyPages(on: boolean): void {
+    boolean('on', on);
     this.#assertThere();
-    this.#setRegion(this.address, this.size, boolean('on', on));
+    this.#setRegion(this.address, this.size, on);
     this.#placement.logDirtyPages = on;
   }
 
@@ -210,9 +214,9 @@ export class Memslot implements Disposable {
    * @see KVM_CLEAR_DIRTY_LOG, Linux 5.0
    */
   clearDirtyPages(range?: FileRange): void {
+    const { offset, size } = fileRange('range', range, this.size);
     this.#assertThere();
     const { kernel, fd } = this.#owner;
-    const { offset, size } = fileRange('range', range, this.size);
     if (offset % kernel.pageSize || size % kernel.pageSize)
       throw rangeError(`range must be made of whole pages, got ${offset}, +${size}`);
     const first = offset / kernel.pageSize;
@@ -270,7 +274,9 @@ export class Memslot implements Disposable {
     const { hostMemory, guestMemfd } = this.#placement;
     this.#removed = true;
     this.#disappear();
-    this.#owner.slots.delete(this.slot);
+    const { slots, firstFree } = this.#owner;
+    slots.delete(this.slot);
+    firstFree[this.slot >>> 16] = Math.min(this.slot & 0xffff, firstFree[this.slot >>> 16] ?? 0);
     hostMemory?.backing.slots.delete(this);
     guestMemfd?.backing.slots.delete(this);
   }
@@ -302,9 +308,10 @@ export class Memslot implements Disposable {
   }
 }
 
-function freeSlot(slots: ReadonlyMap<number, Memslot>, addressSpace: number): number {
-  let slot = 0;
+function freeSlot({ slots, firstFree }: SlotOwner, addressSpace: number): number {
+  let slot = firstFree[addressSpace] ?? 0;
   while (slots.has((slot | (addressSpace << 16)) >>> 0)) slot++;
+  firstFree[addressSpace] = slot;
   return slot;
 }
 

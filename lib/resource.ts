@@ -1,4 +1,5 @@
 import { KvmError } from './errors.ts';
+import type { Kernel } from './kernel/kernel.ts';
 import { typeError } from './validate.ts';
 
 /** What only the classes of this package may hand to a constructor. */
@@ -12,6 +13,15 @@ interface Net {
   readonly what: string;
   readonly release: () => void;
   readonly forget: () => void;
+}
+
+/**
+ * A release that closes an fd. It is made here because a closure made in a constructor shares its context with the others made there, and
+ * with them would keep the object alive; and it knows the kernel weakly, because a software kernel is gone when nobody has it any more.
+ */
+export function closing(kernel: Kernel, fd: number): () => void {
+  const weak = new WeakRef(kernel);
+  return () => weak.deref()?.close(fd);
 }
 
 /** Closes what was dropped without close(): a safety net, not a way of life. */
@@ -34,7 +44,7 @@ export abstract class Resource implements Disposable {
 
   /**
    * @param what As messages name it.
-   * @param release Gives it back to the kernel. It must not refer to the object, or the object would never be collected.
+   * @param release Gives it back to the kernel. It must not refer to the object, or the object would never be collected: see closing().
    */
   protected constructor(owner: Resource | null, what: string, release: () => void) {
     this.#what = what;

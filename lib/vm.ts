@@ -11,7 +11,8 @@ import { capabilityNumber } from './kvm.ts';
 import { MemoryAttributes } from './memory_attributes.ts';
 import { Memslot, type MemslotOptions, type SlotOwner } from './memslot.ts';
 import { RangeMap } from './ranges.ts';
-import { guardConstructor, internal, Resource } from './resource.ts';
+import { ReadOnlyMap } from './read_only_map.ts';
+import { closing, guardConstructor, internal, Resource } from './resource.ts';
 import { GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_MEMORY_ATTRIBUTE_PRIVATE } from './uapi.ts';
 import { boolean, guestRange, integer, options, rangeError, typeError } from './validate.ts';
 import type { VmType } from './vm_type.ts';
@@ -52,6 +53,8 @@ export class Vm extends Resource {
   readonly kvm: Kvm;
   readonly attributes: MemoryAttributes;
   readonly memory: GuestMemory;
+  /** By slot number; live. */
+  readonly memslots: ReadonlyMap<number, Memslot>;
   readonly #kernel: Kernel;
   readonly #fd: number;
   readonly #owner: SlotOwner;
@@ -63,7 +66,7 @@ export class Vm extends Resource {
   /** @internal */
   constructor(token: typeof internal, kvm: Kvm, kernel: Kernel, fd: number, type: VmType) {
     guardConstructor(token, 'kvm.createVm()');
-    super(kvm, `VM (fd ${fd})`, () => kernel.close(fd));
+    super(kvm, `VM (fd ${fd})`, closing(kernel, fd));
     this.kvm = kvm;
     this.type = type;
     this.#kernel = kernel;
@@ -77,7 +80,9 @@ export class Vm extends Resource {
       detachViews: (address, size) => this.memory.detachViews(address, size),
       slots: new Map(),
       byAddress: new RangeMap(),
+      firstFree: [],
     };
+    this.memslots = new ReadOnlyMap(this.#owner.slots);
     this.attributes = new MemoryAttributes(internal, kernel.privateGfns(fd) ?? new RangeMap<true>(), kernel.pageSize);
     this.memory = new GuestMemory(internal, this.#owner);
   }
@@ -87,11 +92,6 @@ export class Vm extends Resource {
     this.assertOpen();
     this.#capabilities ??= vmCapabilities(this.#kernel, this.#fd);
     return this.#capabilities;
-  }
-
-  /** By slot number. */
-  get memslots(): ReadonlyMap<number, Memslot> {
-    return this.#owner.slots;
   }
 
   /** The slot of address space 0 that holds a guest physical address. */
@@ -105,8 +105,8 @@ export class Vm extends Resource {
    * @see KVM_CHECK_EXTENSION
    */
   checkExtension(capability: string | number): number {
-    this.assertOpen();
     const number = capabilityNumber(capability);
+    this.assertOpen();
     return this.#check(this.#kernel.checkExtension(this.#fd, number), 'KVM_CHECK_EXTENSION', { capability });
   }
 
@@ -118,7 +118,6 @@ export class Vm extends Resource {
    * @see KVM_CREATE_GUEST_MEMFD, Linux 6.8; on arm64 6.18
    */
   createGuestMemfd(given: GuestMemfdOptions): GuestMemfd {
-    this.assertOpen();
     const { size, mmap = false, initShared = false, flags = 0n } = options('options', given);
     integer('size', size, 1);
     if (typeof flags !== 'bigint') throw typeError('flags must be a bigint');
@@ -127,6 +126,7 @@ export class Vm extends Resource {
       flags |
       BigInt(boolean('mmap', mmap) ? GUEST_MEMFD_FLAG_MMAP : 0) |
       BigInt(boolean('initShared', initShared) ? GUEST_MEMFD_FLAG_INIT_SHARED : 0);
+    this.assertOpen();
     this.#assertGuestMemfd(mmap, initShared);
     const args = { size, flags: wanted };
     const fd = this.#check(this.#kernel.createGuestMemfd(this.#fd, args), 'KVM_CREATE_GUEST_MEMFD', args);
@@ -141,7 +141,6 @@ export class Vm extends Resource {
    * @see KVM_SET_USER_MEMORY_REGION; with a guestMemfd KVM_SET_USER_MEMORY_REGION2, Linux 6.8
    */
   createMemslot(given: MemslotOptions): Memslot {
-    this.assertOpen();
     return Memslot.create(internal, this.#owner, given);
   }
 
@@ -154,9 +153,9 @@ export class Vm extends Resource {
    * @see KVM_SET_MEMORY_ATTRIBUTES, Linux 6.8, x86_64
    */
   setMemoryAttributes(range: GuestRange, attributes: { readonly private: boolean }): void {
-    this.assertOpen();
     const { address, size } = guestRange('range', range);
     const secret = boolean('attributes.private', options('attributes', attributes).private);
+    this.assertOpen();
     if (this.capabilities.memoryAttributes === 0n) {
       throw KvmError.unsupported(`VMs of type '${this.type}' have no private memory (KVM_CAP_MEMORY_ATTRIBUTES is 0)`);
     }
@@ -176,8 +175,8 @@ export class Vm extends Resource {
    *   file offset) · `EINVAL` a memslot without a guest_memfd · `ERR_CLOSED` · the signal's reason
    */
   async convert(range: GuestRange, to: Visibility, given?: ConvertOptions): Promise<ConversionReport> {
+    const conversion = new Conversion(this.#owner, guestRange('range', range), to, given);
     this.assertOpen();
-    const conversion = new Conversion(this.#conversionOwner, guestRange('range', range), to, given);
     this.#converting.add(conversion);
     const result = this.#lastConversion.then(() => conversion.run());
     this.#lastConversion = result.catch(() => {});
@@ -194,9 +193,9 @@ export class Vm extends Resource {
    * @throws KvmError as convert() · `EBUSY` a conversion is at work there
    */
   convertSync(range: GuestRange, to: Visibility, given?: ConvertOptions): ConversionReport {
-    this.assertOpen();
     const { address, size } = guestRange('range', range);
-    const conversion = new Conversion(this.#conversionOwner, { address, size }, to, given);
+    const conversion = new Conversion(this.#owner, { address, size }, to, given);
+    this.assertOpen();
     this.#assertIdle(address, size);
     this.#converting.add(conversion);
     try {
@@ -234,10 +233,6 @@ export class Vm extends Resource {
     if (this.closed) return;
     for (const slot of [...this.memslots.values()]) slot.removedWithVm();
     super.close();
-  }
-
-  get #conversionOwner() {
-    return { ...this.#owner, assertOpen: () => this.assertOpen() };
   }
 
   #assertIdle(address: number, size: number): void {

@@ -43,8 +43,19 @@ export function u32(name: string, value: number): number {
   return i32(name, value) >>> 0;
 }
 
+const typedArray = Object.getPrototypeOf(Uint8Array.prototype) as Uint8Array;
+const intrinsic = (name: 'buffer' | 'byteOffset' | 'length'): (() => unknown) =>
+  Object.getOwnPropertyDescriptor(typedArray, name)?.get as () => unknown;
+const [bufferOf, offsetOf, lengthOf] = [intrinsic('buffer'), intrinsic('byteOffset'), intrinsic('length')];
+
+/** A plain view of the same bytes: a subclass, or a property put over `length`, could tell us another size than it has. */
 export function bytes(name: string, value: Uint8Array): Uint8Array {
-  return types.isUint8Array(value) ? value : invalid(name, 'a Uint8Array', value);
+  if (!types.isUint8Array(value)) return invalid(name, 'a Uint8Array', value);
+  return new Uint8Array(
+    bufferOf.call(value) as ArrayBuffer,
+    offsetOf.call(value) as number,
+    lengthOf.call(value) as number,
+  );
 }
 
 export function text(name: string, value: string): string {

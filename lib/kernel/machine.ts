@@ -1,6 +1,7 @@
 import type { Arch, ModelOptions } from '../model_options.ts';
 import { kernelVersions } from '../model_options.ts';
 import { GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CAP } from '../uapi.ts';
+import { boolean, rangeError, shown } from '../validate.ts';
 
 /** The kernel and the hardware a rule is about: which build, which version, which limits. Contract §3, §4, §19. */
 export class Machine {
@@ -41,13 +42,13 @@ export class Machine {
     } = options;
     const pageSizes = arch === 'x86_64' ? [4096] : [4096, 16384, 65536];
     const refuse = (what: string): never => {
-      throw Object.assign(new RangeError(`software kernel: ${what}`), { code: 'ERR_OUT_OF_RANGE' });
+      throw rangeError(`software kernel: ${what}`);
     };
-    if (arch !== 'x86_64' && arch !== 'aarch64') refuse(`arch is 'x86_64' or 'aarch64', not ${JSON.stringify(arch)}`);
-    if (!kernelVersions.includes(kernel))
-      refuse(`kernel is one of ${kernelVersions.join(', ')}, not ${JSON.stringify(kernel)}`);
+    for (const [name, value] of Object.entries({ swProtected, tdp, pkvm })) boolean(name, value);
+    if (arch !== 'x86_64' && arch !== 'aarch64') refuse(`arch is 'x86_64' or 'aarch64', not ${shown(arch)}`);
+    if (!kernelVersions.includes(kernel)) refuse(`kernel is one of ${kernelVersions.join(', ')}, not ${shown(kernel)}`);
     if (!pageSizes.includes(pageSize))
-      refuse(`pageSize on ${arch} is one of ${pageSizes.join(', ')}, not ${JSON.stringify(pageSize)}`);
+      refuse(`pageSize on ${arch} is one of ${pageSizes.join(', ')}, not ${shown(pageSize)}`);
     if (swProtected && arch !== 'x86_64') refuse('SW_PROTECTED VMs exist on x86_64 only');
     if (swProtected && !tdp) refuse('SW_PROTECTED VMs need hardware paging (tdp)');
     if (pkvm && arch !== 'aarch64') refuse('pKVM exists on aarch64 only');

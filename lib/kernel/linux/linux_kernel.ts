@@ -56,7 +56,7 @@ interface LinuxMapping {
   readonly length: number;
   readonly file: OpenFile | undefined;
   /** Buffers that views share, by where they start. */
-  readonly windows: Map<number, ArrayBuffer>;
+  readonly windows: Map<number, WeakRef<ArrayBuffer>>;
 }
 
 /** The running kernel. It does nothing but pass on calls and keep count of what they changed, so that a refusal can be explained. */
@@ -458,10 +458,10 @@ export class LinuxKernel implements Kernel {
     const span = Math.floor(offset / WINDOW_STEP) * WINDOW_STEP;
     const spanned = offset + length <= span + WINDOW_MAX;
     const start = spanned ? span : offset;
-    let buffer = found.windows.get(start);
+    let buffer = found.windows.get(start)?.deref();
     if (!buffer || buffer.byteLength < offset - start + length) {
       buffer = this.#createWindow(mapping, start, spanned ? Math.min(WINDOW_MAX, found.length - start) : length);
-      found.windows.set(start, buffer);
+      found.windows.set(start, new WeakRef(buffer));
     }
     return new Uint8Array(buffer, offset - start, length);
   }

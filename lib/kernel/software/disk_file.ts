@@ -14,13 +14,15 @@ export class DiskFile extends MemoryFile {
   static open(pageSize: number, path: string, flags: number, mode: number): DiskFile | Result {
     const access = flags & (O_RDWR | O_WRONLY);
     const { O_RDONLY, O_RDWR: readWrite, O_CREAT: create } = fs.constants;
-    try {
+    return attempt(() => {
       const fd = fs.openSync(path, (access ? readWrite : O_RDONLY) | (flags & O_CREAT ? create : 0), mode);
-      return new DiskFile(pageSize, fd, access !== 0);
-    } catch (error) {
-      const code = (error as NodeJS.ErrnoException).code as ErrnoName;
-      return -(ERRNO[code] ?? ERRNO.EIO);
-    }
+      try {
+        return new DiskFile(pageSize, fd, access !== 0);
+      } catch (error) {
+        fs.closeSync(fd);
+        throw error;
+      }
+    });
   }
 
   private constructor(pageSize: number, fd: number, writable: boolean) {
@@ -35,12 +37,14 @@ export class DiskFile extends MemoryFile {
 
   override truncate(size: number): Result {
     if (!this.#writable) return -ERRNO.EINVAL;
-    fs.ftruncateSync(this.#fd, size);
-    return super.truncate(size);
+    return attempt(() => fs.ftruncateSync(this.#fd, size) ?? 0) || super.truncate(size);
   }
 
-  override sync(): void {
-    if (!this.#writable) return;
+  override sync(): Result {
+    return this.#writable ? attempt(() => this.#writeBack()) : 0;
+  }
+
+  #writeBack(): Result {
     const { pageSize } = this.store;
     const buffer = new Uint8Array(CHUNK);
     for (const { start, end } of this.store.presentWithin(0, this.pages)) {
@@ -50,10 +54,12 @@ export class DiskFile extends MemoryFile {
         fs.writeSync(this.#fd, chunk, 0, chunk.length, at);
       }
     }
+    return 0;
   }
 
   protected override released(): void {
-    this.sync();
+    if (this.sync() < 0)
+      process.emitWarning('a file behind host memory could not be written back', { code: 'GUEST_MEMFD_WRITEBACK' });
     fs.closeSync(this.#fd);
   }
 
@@ -67,5 +73,13 @@ export class DiskFile extends MemoryFile {
         if (bytes.some((byte) => byte !== 0)) this.store.write(at + page, bytes);
       }
     }
+  }
+}
+
+function attempt<T>(call: () => T): T | Result {
+  try {
+    return call();
+  } catch (error) {
+    return -(ERRNO[(error as NodeJS.ErrnoException).code as ErrnoName] ?? ERRNO.EIO);
   }
 }

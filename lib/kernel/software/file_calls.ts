@@ -150,8 +150,7 @@ export abstract class FileCalls extends SoftwareProcess {
     const file = this.file(i32('fd', fd));
     if (!file) return this.badFd(fd);
     if (!(file instanceof MemoryFile)) return this.refuse('EINVAL', 'this kind of file cannot be synced');
-    file.sync();
-    return 0;
+    return this.answer(file.sync());
   }
 
   read(fd: number, target: Uint8Array): Result {

@@ -96,8 +96,7 @@ export abstract class MappingCalls extends FileCalls {
     return this.#range(mapping, offset, length, ({ file, gmem, shared }) => {
       if (!(wanted & MS_SYNC) || !shared) return 0;
       if (gmem) return -ERRNO.EINVAL;
-      if (file instanceof MemoryFile) file.sync();
-      return 0;
+      return file instanceof MemoryFile ? file.sync() : 0;
     });
   }
 

@@ -104,7 +104,9 @@ export class MemoryFile extends OpenFile {
   }
 
   /** msync, fsync: nothing to do for memory. */
-  sync(): void {}
+  sync(): Result {
+    return 0;
+  }
 
   /** Whole pages go, the ends of partly covered ones become zeros. */
   #erase(offset: number, end: number): void {

@@ -315,6 +315,14 @@ function freeSlot({ slots, firstFree }: SlotOwner, addressSpace: number): number
   return slot;
 }
 
+function assertAligned(name: string, offset: number, pageSize: number): void {
+  if (offset % pageSize === 0) return;
+  throw new KvmError({
+    code: 'EINVAL',
+    message: `${name} must be a multiple of the page size, ${pageSize}, got ${offset}`,
+  });
+}
+
 function checkBacking(vm: Vm, { size, hostMemory, hostOffset, guestMemfd, guestMemfdOffset }: Placement): void {
   if (!hostMemory && !guestMemfd) throw typeError('a memslot needs hostMemory, a guestMemfd, or both');
   if (hostMemory) {
@@ -325,6 +333,7 @@ function checkBacking(vm: Vm, { size, hostMemory, hostOffset, guestMemfd, guestM
         code: 'EINVAL',
         message: 'the host memory belongs to another Kvm: create it with this one',
       });
+    assertAligned('hostOffset', hostOffset, vm.kvm.pageSize);
     if (hostOffset + size > hostMemory.size) {
       throw rangeError(
         `hostOffset + size is ${hostOffset + size}, past the end of the host memory, ${hostMemory.size}`,
@@ -339,6 +348,7 @@ function checkBacking(vm: Vm, { size, hostMemory, hostOffset, guestMemfd, guestM
         message: 'the guest_memfd belongs to another VM: a file serves the VM that created it',
       });
     }
+    assertAligned('guestMemfdOffset', guestMemfdOffset, vm.kvm.pageSize);
     if (guestMemfdOffset + size > guestMemfd.size) {
       throw rangeError(
         `guestMemfdOffset + size is ${guestMemfdOffset + size}, past the end of the guest_memfd, ${guestMemfd.size}`,

@@ -80,13 +80,14 @@ export class VmFile extends OpenFile {
   readonly #slots: readonly Map<number, MemslotState>[];
   readonly #gfns: readonly RangeMap<MemslotState>[];
 
-  constructor(machine: Machine, type: number) {
+  /** @param addressSpaces What KVM_CAP_MULTI_ADDRESS_SPACE answers, where a real kernel can be asked. */
+  constructor(machine: Machine, type: number, addressSpaces?: number) {
     super('vm');
     this.machine = machine;
     this.hasPrivate = !machine.isArm && [1, 4, 5].includes(type);
     this.isProtected = machine.isArm && type >= 0x8000_0000;
     this.ipaBits = machine.pkvm ? machine.ipaLimit : type & 0xff || 40;
-    this.addressSpaces = machine.isArm ? 0 : this.hasPrivate ? 1 : 2;
+    this.addressSpaces = addressSpaces ?? (machine.isArm ? 0 : this.hasPrivate ? 1 : 2);
     const count = Math.max(1, this.addressSpaces);
     this.#slots = Array.from({ length: count }, () => new Map());
     this.#gfns = Array.from({ length: count }, () => new RangeMap());

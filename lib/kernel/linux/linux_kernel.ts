@@ -133,9 +133,9 @@ export class LinuxKernel implements Kernel {
     const machine = this.#probeMachine(own);
     this.#command.i32(0, own).u64(1, request.type);
     const fd = this.#native.createVm();
-    return fd < 0
-      ? this.#refused(fd, createVmRules, machine, request)
-      : this.#opened(fd, () => new VmFile(machine, low32(request.type)));
+    if (fd < 0) return this.#refused(fd, createVmRules, machine, request);
+    const addressSpaces = Math.max(0, this.#ioctl(fd, KVM_CHECK_EXTENSION, KVM_CAP.MULTI_ADDRESS_SPACE));
+    return this.#opened(fd, () => new VmFile(machine, low32(request.type), addressSpaces));
   }
 
   // ── VM fds

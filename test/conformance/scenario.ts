@@ -220,8 +220,8 @@ export class Scenario {
   bindable(vm: number, pages = 16): number {
     return this.gmem(vm, pages, this.kernel.arch === 'aarch64' ? MMAP : 0);
   }
-  memfd(pages = 0): number {
-    const fd = this.#built(this.#track('file', this.kernel.memfdCreate('conformance', 1)), 'create a memfd');
+  memfd(pages = 0, flags = 0): number {
+    const fd = this.#built(this.#track('file', this.kernel.memfdCreate('conformance', flags)), 'create a memfd');
     if (pages > 0) this.#built(this.kernel.ftruncate(fd, pages * this.P), 'size a memfd');
     return fd;
   }

@@ -1,4 +1,5 @@
 import {
+  F_GETFL,
   MADV_DONTNEED,
   MADV_HWPOISON,
   MADV_REMOVE,
@@ -6,6 +7,7 @@ import {
   MAP_ANONYMOUS,
   MAP_FIXED,
   MAP_PRIVATE,
+  O_CLOEXEC,
   O_RDWR,
 } from '../../../lib/uapi.ts';
 import { gmemSlots, mappable, separateWindows, shareable, swProtected } from '../needs.ts';
@@ -35,9 +37,19 @@ export const boundary = section('The boundary itself', [
         s.kernel.ioctl(fd, 0xae00, 0),
         s.kernel.checkExtension(fd, 3),
         s.kernel.fcntlGetFd(fd),
+        s.kernel.fcntl(fd, F_GETFL, 0),
+        s.kernel.fsync(fd),
+        s.kernel.fstatfs(fd, {}),
+        s.kernel.cachestat(fd, 0, 0, {}),
+        s.kernel.lseek(fd, 0, 0),
+        s.kernel.pread(fd, new Uint8Array(1), 0),
+        s.kernel.pwrite(fd, new Uint8Array(1), 0),
+        s.kernel.poll(fd, 1),
+        s.kernel.uffdioApi(fd, 0),
+        s.mmap(fd),
         s.kernel.close(fd),
       ]),
-    expect: Array(50).fill('EBADF'),
+    expect: Array(100).fill('EBADF'),
   }),
   scenario('boundary ioctl', 'an argument of ioctl that could be an address is EFAULT', {
     given: (s) => s.vm(),
@@ -82,6 +94,69 @@ export const boundary = section('The boundary itself', [
       s.put(mapping, 16, 1),
     ],
     expect: ['ENOMEM', 'ENOMEM', 'ENOMEM', 'ENOMEM', 'ENOMEM', 'EFAULT', 'EFAULT'],
+  }),
+  scenario('boundary handles', 'a mapping that is not there is like an address where nothing is mapped', {
+    when: (s) => [
+      s.advise(99999, 0, 1, MADV_DONTNEED),
+      s.protect(99999, 1),
+      s.kernel.mlock(99999, 0, s.P),
+      s.kernel.mincore(99999, 0, s.P, new Uint8Array(1)),
+      s.kernel.msync(99999, 0, s.P, 4),
+      s.get(99999, 0),
+      s.put(99999, 0, 1),
+      s.kernel.munmap(99999),
+    ],
+    expect: ['ENOMEM', 'ENOMEM', 'ENOMEM', 'ENOMEM', 'ENOMEM', 'EFAULT', 'EFAULT', 'ENOMEM'],
+  }),
+  scenario('boundary alignment', 'an unaligned address is EINVAL, a length is rounded up', {
+    needs: [shareable],
+    given: (s) => s.map(shared(s)),
+    when: (s, mapping) => [
+      s.kernel.mprotect(mapping, 1, s.P, 1),
+      s.kernel.mincore(mapping, 1, s.P, new Uint8Array(2)),
+      s.kernel.msync(mapping, 1, s.P, 1),
+      s.kernel.madvise(mapping, 0, 1, MADV_DONTNEED),
+      s.kernel.mprotect(mapping, 0, 1, 1),
+      s.put(mapping, 0, 1),
+      s.put(mapping, 1, 1),
+    ],
+    expect: ['EINVAL', 'EINVAL', 'EINVAL', 0, 0, 'EFAULT', 1],
+  }),
+  scenario('boundary window range', 'a window outside its mapping is a TypeError', {
+    needs: [shareable],
+    given: (s) => s.map(shared(s)),
+    when: (s, mapping) => [
+      thrown(() => s.kernel.window(mapping, 0, 16 * s.P + 1)),
+      thrown(() => s.kernel.window(mapping, 16 * s.P, 1)),
+      thrown(() => s.kernel.window(mapping, -1, 1)),
+      thrown(() => s.kernel.window(mapping, 0, -1)),
+      thrown(() => s.kernel.window(mapping, 0.5, 1)),
+      thrown(() => s.kernel.window(mapping, 0, Number.NaN)),
+      thrown(() => s.kernel.window(99999, 0, 1)),
+      thrown(() => s.kernel.addressOf(99999)),
+      s.kernel.window(mapping, 15 * s.P, s.P).length === s.P,
+      s.kernel.window(mapping, 16 * s.P, 0).length,
+    ],
+    expect: [...Array(8).fill('TypeError'), true, 0],
+  }),
+  scenario('boundary by number', 'requests that take their argument by value can be sent by number', {
+    given: (s) => ({ kvm: s.kvm, vm: s.vm() }),
+    when: (s, { kvm, vm }) => [
+      s.kernel.ioctl(kvm, 0xae00, 0),
+      s.kernel.ioctl(kvm, 0xae03, 3),
+      s.kernel.ioctl(vm, 0xae03, 3),
+      s.kernel.ioctl(vm, 0xae03, 99999),
+      s.kernel.ioctl(kvm, 0xae04, 0) === s.kernel.getVcpuMmapSize(kvm),
+      s.kernel.ioctl(kvm, 0xae01, 1n << 62n),
+    ],
+    expect: [12, 1, 1, 0, true, 'EINVAL'],
+  }),
+  scenario('boundary open kvm', '/dev/kvm can be opened like any path', {
+    when: (s) => {
+      const kvm = s.open('/dev/kvm', O_RDWR | O_CLOEXEC);
+      return [kvm, s.kernel.getApiVersion(kvm), s.closesOnExec(kvm), s.closesOnExec(s.kvm)];
+    },
+    expect: ['ok', 12, true, true],
   }),
   scenario('boundary mincore', 'a residency array shorter than the range is EFAULT', {
     needs: [shareable],

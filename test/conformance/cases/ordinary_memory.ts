@@ -4,6 +4,8 @@ import {
   F_GETFL,
   MADV_DONTNEED,
   MADV_FREE,
+  MADV_POPULATE_READ,
+  MADV_POPULATE_WRITE,
   MADV_REMOVE,
   MAP_ANONYMOUS,
   MAP_PRIVATE,
@@ -14,10 +16,12 @@ import {
   PROT_READ,
   PROT_WRITE,
   SEEK_CUR,
+  SEEK_DATA,
   SEEK_END,
+  SEEK_HOLE,
   SEEK_SET,
 } from '../../../lib/uapi.ts';
-import { numa } from '../needs.ts';
+import { numa, userfaultfd } from '../needs.ts';
 import { FILE_END, type Scenario, scenario, section } from '../scenario.ts';
 
 // The other side of a slot is ordinary memory: what a memfd and an anonymous mapping do where a guest_memfd does something else.
@@ -152,7 +156,7 @@ export const ordinaryMemory = section('Ordinary memory: memfd and anonymous mapp
   scenario('memfd seals', 'a memfd takes seals only if it was created for them', {
     given: (s) => s.memfd(1),
     when: (s, file) => {
-      const sealable = s.kernel.memfdCreate('conformance', MFD_ALLOW_SEALING);
+      const sealable = s.memfd(0, MFD_ALLOW_SEALING);
       return [
         s.kernel.fcntl(file, F_GET_SEALS, 0),
         s.kernel.fcntl(file, F_ADD_SEALS, 2),
@@ -160,15 +164,107 @@ export const ordinaryMemory = section('Ordinary memory: memfd and anonymous mapp
         s.kernel.fcntl(sealable, F_ADD_SEALS, 6),
         s.kernel.fcntl(sealable, F_GET_SEALS, 0),
         s.kernel.ftruncate(sealable, s.P),
-        s.kernel.fcntlGetFd(sealable),
-        s.kernel.close(sealable),
       ];
     },
-    expect: [1, 'EPERM', 0, 0, 6, 'EPERM', 0, 0],
+    expect: [1, 'EPERM', 0, 0, 6, 'EPERM'],
+  }),
+  scenario('memfd seal effects', 'each seal forbids its own', {
+    when: (s) => {
+      const sealed = (seals: number) => {
+        const file = s.memfd(2, MFD_ALLOW_SEALING);
+        return [s.kernel.fcntl(file, F_ADD_SEALS, seals), file] as const;
+      };
+      const [shrink, noShrink] = sealed(2);
+      const [grow, noGrow] = sealed(4);
+      const [write, noWrite] = sealed(8);
+      const [seal, noSeal] = sealed(1);
+      const mapped = s.memfd(1, MFD_ALLOW_SEALING);
+      s.map(mapped, { pages: 1 });
+      return [
+        [shrink, ...[1, 2, 3].map((pages) => s.kernel.ftruncate(noShrink, pages * s.P))],
+        [grow, ...[1, 2, 3].map((pages) => s.kernel.ftruncate(noGrow, pages * s.P))],
+        [grow, s.kernel.pwrite(noGrow, Uint8Array.of(1), 8 * s.P), s.fallocate(noGrow, 0, 0, 8)],
+        [
+          write,
+          s.kernel.write(noWrite, Uint8Array.of(1)),
+          s.fallocate(noWrite, 3, 0, 1),
+          s.mmap(noWrite, { pages: 1 }),
+        ],
+        [seal, s.kernel.fcntl(noSeal, F_ADD_SEALS, 2)],
+        [s.kernel.fcntl(mapped, F_ADD_SEALS, 8), s.kernel.fcntl(mapped, F_ADD_SEALS, 0x1000)],
+      ];
+    },
+    expect: [
+      [0, 'EPERM', 0, 0],
+      [0, 0, 'EPERM', 'EPERM'],
+      [0, 'EPERM', 'EPERM'],
+      [0, 'EPERM', 'EPERM', 'EPERM'],
+      [0, 'EPERM'],
+      ['EBUSY', 'EINVAL'],
+    ],
+  }),
+  scenario('memfd data and holes', 'lseek finds data and holes', {
+    given: (s) => {
+      const file = s.memfd(4);
+      s.kernel.pwrite(file, Uint8Array.of(1), s.P);
+      return file;
+    },
+    when: (s, file) => [
+      s.kernel.lseek(file, 0, SEEK_DATA) / s.P,
+      s.kernel.lseek(file, s.P, SEEK_HOLE) / s.P,
+      s.kernel.lseek(file, 0, SEEK_HOLE),
+      s.kernel.lseek(file, s.P + 1, SEEK_DATA) - s.P,
+      s.kernel.lseek(file, 2 * s.P, SEEK_DATA),
+      s.kernel.lseek(file, 3 * s.P, SEEK_HOLE) / s.P,
+      s.kernel.lseek(file, 4 * s.P, SEEK_HOLE),
+      s.kernel.lseek(file, 9 * s.P, SEEK_DATA),
+    ],
+    expect: [1, 2, 0, 1, 'ENXIO', 3, 'ENXIO', 'ENXIO'],
+  }),
+  scenario('memfd read-only mapping', 'a read-only mapping of a memfd can be neither written nor populated for it', {
+    given: (s) => s.map(s.memfd(2), { pages: 2, prot: PROT_READ }),
+    when: (s, mapping) => [
+      s.put(mapping, 0, 1),
+      s.advise(mapping, 0, 1, MADV_POPULATE_READ),
+      s.advise(mapping, 0, 1, MADV_POPULATE_WRITE),
+      s.kernel.msync(mapping, 0, s.P, 5),
+      s.kernel.msync(mapping, 0, s.P, 4),
+    ],
+    expect: ['EFAULT', 0, 'EINVAL', 'EINVAL', 0],
+  }),
+  scenario('epoll misuse', 'epoll wants its own kind of file and flags it knows', {
+    given: (s) => ({ epoll: s.epoll(), file: s.memfd(1) }),
+    when: (s, { epoll, file }) => [
+      s.kernel.epollCreate1(1),
+      s.kernel.epollCtl(file, 1, epoll, 1),
+      s.kernel.epollCtl(epoll, 1, epoll, 1),
+      s.kernel.epollCtl(epoll, 1, 99999, 1),
+      s.kernel.epollCtl(99999, 1, file, 1),
+    ],
+    expect: ['EINVAL', 'EINVAL', 'EINVAL', 'EBADF', 'EBADF'],
+  }),
+  scenario('userfaultfd', 'ordinary memory can be registered, after the API was set once', {
+    needs: [userfaultfd],
+    given: (s) => ({ uffd: s.userfaultfd(), memory: s.anonymous(4), file: s.memfd(1) }),
+    when: (s, { uffd, memory, file }) => [
+      s.kernel.uffdioRegister(uffd, memory, 0, s.P, 1),
+      s.kernel.uffdioApi(uffd, 0),
+      s.kernel.uffdioApi(uffd, 0),
+      s.kernel.uffdioRegister(uffd, memory, 0, s.P, 0),
+      s.kernel.uffdioRegister(uffd, memory, 0, s.P, 8),
+      s.kernel.uffdioRegister(uffd, memory, 1, s.P, 1),
+      s.kernel.uffdioRegister(uffd, memory, 0, s.P, 1),
+      s.kernel.uffdioApi(file, 0),
+    ],
+    expect: ['EINVAL', 0, 'EINVAL', 'EINVAL', 'EINVAL', 'EINVAL', 0, 'ENOTTY'],
   }),
   scenario('memfd flags', 'memfd_create with unknown flags is EINVAL', {
-    when: (s) => [s.kernel.memfdCreate('conformance', 0x1000), s.kernel.memfdCreate('x'.repeat(250), 0)],
-    expect: ['EINVAL', 'EINVAL'],
+    when: (s) => [
+      s.kernel.memfdCreate('conformance', 0x1000),
+      s.kernel.memfdCreate('x'.repeat(250), 0),
+      s.closeFd(s.kernel.memfdCreate('x'.repeat(249), 0)),
+    ],
+    expect: ['EINVAL', 'EINVAL', 0],
   }),
   scenario('memfd F_GETFL', 'a memfd is open for reading and writing', {
     given: (s) => s.memfd(),
@@ -252,8 +348,11 @@ export const ordinaryMemory = section('Ordinary memory: memfd and anonymous mapp
       s.kernel.mbind(memory, 0, s.P, 2, [0]),
       s.kernel.getMempolicy(memory, 0),
       s.kernel.getMempolicy(memory, s.P),
+      s.kernel.mbind(memory, 0, s.P, 4, [0]),
+      s.kernel.mbind(memory, 0, s.P, 0, [0]),
+      s.kernel.mbind(memory, 0, s.P, 3, []),
     ],
-    expect: [0, 0, 2, 0],
+    expect: [0, 0, 2, 0, 'EINVAL', 'EINVAL', 'EINVAL'],
   }),
   scenario('ordinary slot', 'a slot over a memfd’s mapping, with the memfd’s fd given, is an ordinary slot', {
     given: (s) => ({ vm: s.vm(), ...mapped(s) }),

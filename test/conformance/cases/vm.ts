@@ -85,8 +85,14 @@ export const dispatch = section('Rules common to every KVM fd', [
   }),
   scenario('2 rule 2', 'a request of /dev/kvm is unknown on a VM fd', {
     given: (s) => s.vm(),
-    when: (s, vm) => [s.kernel.ioctl(vm, KVM_CREATE_VM, 0), s.kernel.ioctl(vm, KVM_GET_API_VERSION, 0)],
-    expect: { x86_64: ['ENOTTY', 'ENOTTY'], aarch64: ['EINVAL', 'EINVAL'] },
+    when: (s, vm) => [
+      s.kernel.ioctl(vm, KVM_CREATE_VM, 0),
+      s.kernel.ioctl(vm, KVM_GET_API_VERSION, 0),
+      s.kernel.createVm(vm, 0),
+      s.kernel.getApiVersion(vm),
+      s.kernel.getVcpuMmapSize(vm),
+    ],
+    expect: { x86_64: Array(5).fill('ENOTTY'), aarch64: Array(5).fill('EINVAL') },
   }),
   scenario('2 rule 3', 'a NULL struct is EFAULT for every VM request', {
     given: (s) => s.vm(),
@@ -114,13 +120,15 @@ export const dispatch = section('Rules common to every KVM fd', [
       s.createGmem(file, s.P),
       s.slot(file),
       s.setAttributes(file, 0, s.P),
+      s.kernel.getApiVersion(file),
+      s.kernel.createVm(file, 0),
       s.closeFd(closed),
       s.kernel.checkExtension(closed, 3),
       s.createGmem(closed, s.P),
       s.slot(closed),
       s.closeFd(closed),
     ],
-    expect: ['ENOTTY', 'ENOTTY', 'ENOTTY', 'ENOTTY', 0, 'EBADF', 'EBADF', 'EBADF', 'EBADF'],
+    expect: ['ENOTTY', 'ENOTTY', 'ENOTTY', 'ENOTTY', 'ENOTTY', 'ENOTTY', 0, 'EBADF', 'EBADF', 'EBADF', 'EBADF'],
   }),
 ]);
 

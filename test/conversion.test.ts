@@ -1,0 +1,673 @@
+import fc from 'fast-check';
+import t, { type Test } from 'tap';
+import {
+  type ConversionReport,
+  type ConvertOptions,
+  type GuestMemfd,
+  type GuestRange,
+  type HostMemory,
+  Kvm,
+  type Visibility,
+  type Vm,
+} from '../lib/index.ts';
+import { errorOf, everywhere, refused, rejection, withPrivate } from './backends.ts';
+
+// Conversions: what they report, that they take place wholly or not at all, and that no byte is held twice afterwards.
+
+/** Runs a test of conversions with convert() and with convertSync(). */
+async function bothWays(
+  title: string,
+  run: (t: Test, convert: Convert, world: Pair) => void | Promise<void>,
+): Promise<void> {
+  for (const way of ['convert', 'convertSync'] as const) {
+    await withPrivate(t, `${title}: ${way}`, async (t, { vm, P, host, closed }) => {
+      const [memory, file] = [host(16), closed(16)];
+      vm.createMemslot({ slot: 0, address: 0, size: 16 * P, hostMemory: memory, guestMemfd: file });
+      const convert: Convert = async (page, pages, to, options) =>
+        vm[way]({ address: page * P, size: pages * P }, to, options);
+      await run(t, convert, { vm, memory, file, P, range: (page, pages) => ({ address: page * P, size: pages * P }) });
+    });
+  }
+}
+type Convert = (page: number, pages: number, to: Visibility, options?: ConvertOptions) => Promise<ConversionReport>;
+interface Pair {
+  readonly vm: Vm;
+  readonly memory: HostMemory;
+  readonly file: GuestMemfd;
+  readonly P: number;
+  range(page: number, pages: number): GuestRange;
+}
+
+await bothWays('the report says what changed', async (t, convert, { vm, memory, file, P, range }) => {
+  memory.bytes({ offset: 0, size: 6 * P }).fill(1);
+  t.same(await convert(2, 6, 'private'), {
+    to: 'private',
+    changed: [range(2, 6)],
+    unchanged: [],
+    freedBytes: 4 * P,
+    contentBy: 'none',
+  });
+  t.equal(memory.residentBytes(), 2 * P);
+  file.allocate({ offset: 4 * P, size: 10 * P });
+  t.same(await convert(4, 2, 'shared', { content: 'zero' }), {
+    to: 'shared',
+    changed: [range(4, 2)],
+    unchanged: [],
+    freedBytes: 2 * P,
+    contentBy: 'kernel',
+  });
+  t.equal(file.residentBytes(), 8 * P);
+  t.same(await convert(0, 16, 'private'), {
+    to: 'private',
+    changed: [range(0, 2), range(4, 2), range(8, 8)],
+    unchanged: [range(2, 2), range(6, 2)],
+    freedBytes: 2 * P,
+    contentBy: 'none',
+  });
+  t.same(await convert(0, 16, 'private'), {
+    to: 'private',
+    changed: [],
+    unchanged: [range(0, 16)],
+    freedBytes: 0,
+    contentBy: 'none',
+  });
+  t.equal(vm.attributes.privateBytes, 16 * P);
+  t.same(await convert(0, 16, 'shared'), {
+    to: 'shared',
+    changed: [range(0, 16)],
+    unchanged: [],
+    freedBytes: 8 * P,
+    contentBy: 'none',
+  });
+  t.same([memory.residentBytes(), file.residentBytes()], [0, 0], 'nothing is held, let alone twice');
+});
+
+await bothWays('pins: EAGAIN until they are let go', async (t, convert, { vm, memory, file, P, range }) => {
+  memory.bytes().fill(1);
+  const [pin, second] = [file.pin({ offset: 5 * P + 10, size: 3 }), file.pin({ offset: 3 * P, size: 4 * P })];
+  const error = await rejection(convert(0, 16, 'private', { chunkSize: P }));
+  t.match(error, { code: 'EAGAIN', errno: -11, errorOffset: 3 * P });
+  t.match(error.message, /pinned/);
+  t.equal(vm.attributes.privateBytes, 0);
+  t.equal(memory.residentBytes(), 16 * P, 'nothing changed meanwhile');
+  second[Symbol.dispose]();
+  t.equal((await rejection(convert(0, 16, 'private'))).errorOffset, 5 * P + 10);
+  await convert(0, 5, 'private');
+  await convert(6, 10, 'private');
+  t.same(vm.attributes.privateRanges(), [range(0, 5), range(6, 10)], 'what is not pinned converts');
+  pin[Symbol.dispose]();
+  t.match(await convert(0, 16, 'private'), { changed: [range(5, 1)] });
+  using held = file.pin({ offset: 0, size: 16 * P });
+  t.match(await convert(0, 16, 'private'), { changed: [] }, 'a no-op is none even when pinned');
+  await convert(0, 8, 'shared');
+  t.equal(vm.attributes.state(range(0, 8)), 'shared', 'to shared always succeeds');
+  t.ok(held);
+});
+
+await bothWays('whatever fails, all is as it was', async (t, convert, { vm, memory, file, P, range }) => {
+  memory.bytes().fill(1);
+  vm.setMemoryAttributes(range(6, 3), { private: true });
+  file.allocate(range2offset(range(6, 3)));
+  const before = [...vm.attributes];
+  for (let failing = 1; failing < 13; failing++) {
+    const problem = new Error(`chunk ${failing}`);
+    let chunks = 0;
+    const onProgress = () => {
+      if (++chunks === failing) throw problem;
+    };
+    t.equal(await rejection(convert(0, 16, 'private', { chunkSize: P, onProgress })), problem);
+    t.same([...vm.attributes], before);
+    t.equal(memory.residentBytes(), 16 * P, 'nothing was given back');
+    t.equal(file.residentBytes(), 3 * P);
+    t.equal(memory.bytes()[0], 1);
+  }
+  t.match(await convert(0, 16, 'private'), { freedBytes: 13 * P });
+});
+
+function range2offset({ address, size }: GuestRange) {
+  return { offset: address, size };
+}
+
+await bothWays('an abort is seen before each chunk', async (t, convert, { vm, memory, P }) => {
+  memory.bytes().fill(1);
+  for (let chunk = 0; chunk < 16; chunk++) {
+    const controller = new AbortController();
+    const reason = new Error('enough');
+    if (chunk === 0) controller.abort(reason);
+    const onProgress = (done: number) => done === chunk * P && controller.abort(reason);
+    t.equal(
+      await rejection(
+        convert(0, 16, 'private', { chunkSize: P, signal: controller.signal, onProgress: onProgress as () => void }),
+      ),
+      reason,
+    );
+    t.same([...vm.attributes], []);
+    t.equal(memory.residentBytes(), 16 * P);
+  }
+  const controller = new AbortController();
+  const onProgress = (done: number) => {
+    if (done === 16 * P) controller.abort();
+  };
+  await convert(0, 16, 'private', { chunkSize: P, signal: controller.signal, onProgress });
+  t.equal(vm.attributes.privateBytes, 16 * P, 'after the last chunk it is too late');
+});
+
+await bothWays('progress counts what is as wanted', async (t, convert, { vm, P, range }) => {
+  vm.setMemoryAttributes(range(4, 4), { private: true });
+  const seen: [number, number][] = [];
+  await convert(0, 12, 'private', { chunkSize: 3 * P, onProgress: (done, total) => seen.push([done / P, total / P]) });
+  t.same(seen, [
+    [7, 12],
+    [8, 12],
+    [11, 12],
+    [12, 12],
+  ]);
+  for (const chunkSize of [P + 1, P - 1, 0, 1.5])
+    t.equal((await rejection(convert(0, 1, 'shared', { chunkSize }))).code, 'ERR_OUT_OF_RANGE');
+  await convert(0, 16, 'shared', { chunkSize: 2 ** 40 });
+});
+
+await bothWays('content', async (t, convert, { vm, memory, file, P }) => {
+  memory.bytes().fill(1);
+  file.allocate();
+  t.match(await convert(0, 4, 'private', { content: 'zero' }), { contentBy: 'kernel', freedBytes: 4 * P });
+  t.equal(file.residentBytes({ offset: 0, size: 4 * P }), 0, 'what the private side held in an earlier life is gone');
+  vm.setMemoryAttributes({ address: 4 * P, size: 4 * P }, { private: true });
+  await convert(4, 2, 'shared', { content: 'zero' });
+  t.equal(
+    vm.memory.read(4 * P, 2 * P).some((byte) => byte !== 0),
+    false,
+  );
+  await convert(6, 2, 'shared');
+  t.equal(vm.memory.read(6 * P, 1)[0], 1, 'unspecified: here, what was left');
+  const error = await rejection(convert(8, 1, 'private', { content: 'preserve' }));
+  t.equal(error.code, 'UNSUPPORTED');
+  t.match(error.message, /slot 0.*two memories/);
+  t.equal(vm.attributes.at(8 * P), 'shared');
+  t.match(await convert(8, 1, 'shared', { content: 'preserve' }), { contentBy: 'none', changed: [] });
+});
+
+await withPrivate(t, 'one memory for both sides keeps its content', async (t, { vm, P }) => {
+  const file = vm.createGuestMemfd({ size: 4 * P, mmap: true });
+  vm.createMemslot({ address: 0, size: 4 * P, guestMemfd: file });
+  file.allocate();
+  const range = { address: 0, size: 2 * P };
+  t.match(await vm.convert(range, 'private', { content: 'preserve' }), { freedBytes: 0, contentBy: 'kernel' });
+  t.equal(file.residentBytes(), 4 * P);
+  t.match(await vm.convert(range, 'shared'), { freedBytes: 0, contentBy: 'none' });
+  t.equal(file.residentBytes(), 4 * P);
+  t.match(await vm.convert(range, 'private', { content: 'zero' }), { contentBy: 'kernel' });
+  t.equal(file.residentBytes(), 2 * P, 'zero gives it back all the same');
+});
+
+await withPrivate(t, 'holes, and slots without a guest_memfd', async (t, { vm, P, host, closed }) => {
+  const [memory, file] = [host(4), closed(4)];
+  vm.createMemslot({ address: 2 * P, size: 2 * P, hostMemory: memory, guestMemfd: file });
+  vm.createMemslot({
+    address: 8 * P,
+    size: 2 * P,
+    hostMemory: memory,
+    hostOffset: 2 * P,
+    guestMemfd: file,
+    guestMemfdOffset: 2 * P,
+  });
+  memory.bytes().fill(1);
+  const bare = vm.createMemslot({ slot: 11, address: 12 * P, size: P, hostMemory: host(1) });
+  const error = await rejection(vm.convert({ address: 0, size: 13 * P }, 'private'));
+  t.equal(error.code, 'EINVAL');
+  t.match(error.message, /slot 11 .*no guest_memfd/);
+  t.same([...vm.attributes], []);
+  bare.remove();
+  const report = await vm.convert({ address: 0, size: 16 * P }, 'private', { chunkSize: 3 * P });
+  t.match(report, { changed: [{ address: 0, size: 16 * P }], freedBytes: 4 * P });
+  t.equal(vm.attributes.state({ address: 0, size: 16 * P }), 'private', 'holes get the attribute');
+  vm.createMemslot({ slot: 11, address: 12 * P, size: P, hostMemory: host(1) });
+  t.match(await vm.convert({ address: 12 * P, size: P }, 'private'), { changed: [] }, 'private already');
+  await vm.convert({ address: 12 * P, size: P }, 'shared');
+  await vm.convert({ address: 2 ** 50, size: 2 ** 45 }, 'private', { chunkSize: 2 ** 45 });
+  t.equal(vm.attributes.privateBytes, 15 * P + 2 ** 45, 'cost is by ranges');
+});
+
+await bothWays('arguments', async (t, convert, { vm, P }) => {
+  const code = async (promise: Promise<unknown>) => (await rejection(promise)).code;
+  t.equal(await code(convert(0.5, 1, 'private')), 'ERR_OUT_OF_RANGE');
+  t.equal(await code(convert(0, 1.5, 'private')), 'ERR_OUT_OF_RANGE');
+  t.equal(await code(convert(0, 0, 'private')), 'ERR_OUT_OF_RANGE');
+  t.equal(await code(convert(0, 1, 'secret' as 'private')), 'ERR_OUT_OF_RANGE');
+  t.equal(await code(convert(0, 1, 'private', { content: 'keep' as 'zero' })), 'ERR_OUT_OF_RANGE');
+  t.equal(await code(convert(0, 1, 'private', { signal: {} as AbortSignal })), 'ERR_INVALID_ARG_TYPE');
+  t.equal(await code(convert(0, 1, 'private', { onProgress: 1 as never })), 'ERR_INVALID_ARG_TYPE');
+  t.equal(await code(convert(0, 1, 'private', null as never)), 'ERR_INVALID_ARG_TYPE');
+  t.equal(vm.attributes.privateBytes, 0);
+  vm.close();
+  t.equal(await code(convert(0, P, 'private')), 'ERR_CLOSED');
+});
+
+await everywhere(t, 'a VM without private memory', async (t, { backend, vm, P, host }) => {
+  vm.createMemslot({ address: 0, size: 2 * P, hostMemory: host(2) });
+  const range = { address: 0, size: 2 * P };
+  const refusal = backend.hasPrivate ? "{ type: 'sw-protected' }" : 'no VM type with private memory';
+  refused(t, () => vm.convertSync(range, 'private'), 'UNSUPPORTED', "'default'", 'KVM_CAP_MEMORY_ATTRIBUTES', refusal);
+  t.equal((await rejection(vm.convert(range, 'private'))).code, 'UNSUPPORTED');
+  for (const report of [vm.convertSync(range, 'shared'), await vm.convert(range, 'shared', { content: 'preserve' })])
+    t.same(report, { to: 'shared', changed: [], unchanged: [range], freedBytes: 0, contentBy: 'none' });
+});
+
+await withPrivate(t, 'conversions of one VM take place one after the other', async (t, { vm, P, host, closed }) => {
+  const [memory, file] = [host(16), closed(16)];
+  const slot = vm.createMemslot({ address: 0, size: 16 * P, hostMemory: memory, guestMemfd: file });
+  memory.bytes().fill(1);
+  const order: string[] = [];
+  const convert = (to: Visibility, from: number, size: number) =>
+    vm.convert({ address: from * P, size: size * P }, to, { chunkSize: P, onProgress: () => order.push(to) });
+  const all = [convert('private', 0, 16), convert('shared', 4, 4), convert('private', 6, 1)];
+  const busy: Record<string, () => unknown> = {
+    convertSync: () => vm.convertSync({ address: 15 * P, size: 2 * P }, 'shared'),
+    setMemoryAttributes: () => vm.setMemoryAttributes({ address: 0, size: P }, { private: false }),
+    move: () => slot.move(32 * P),
+    remove: () => slot.remove(),
+    'file dispose': () => file[Symbol.dispose](),
+    'memory dispose': () => memory[Symbol.dispose](),
+  };
+  for (const [name, call] of Object.entries(busy)) {
+    const error = errorOf(call);
+    t.equal(error.code, 'EBUSY', name);
+    t.match(error.message, /conversion .* at work/);
+  }
+  vm.setMemoryAttributes({ address: 16 * P, size: P }, { private: true });
+  t.pass('elsewhere is free');
+  const reports = await Promise.all(all);
+  t.same(
+    reports.map(({ freedBytes }) => freedBytes / P),
+    [16, 0, 0],
+  );
+  t.same(order, [...Array(16).fill('private'), ...Array(4).fill('shared'), 'private']);
+  t.same(
+    vm.attributes.privateRanges({ address: 0, size: 16 * P }).map(({ address, size }) => [address / P, size / P]),
+    [
+      [0, 4],
+      [6, 1],
+      [8, 8],
+    ],
+  );
+  slot.remove();
+  t.pass('and when they are over the slot can go');
+});
+
+await withPrivate(t, 'a conversion that fails does not stop the next', async (t, { vm, P, host, closed }) => {
+  const file = closed(4);
+  vm.createMemslot({ address: 0, size: 4 * P, hostMemory: host(4), guestMemfd: file });
+  const pin = file.pin({ offset: 0, size: P });
+  const failing = rejection(vm.convert({ address: 0, size: 4 * P }, 'private'));
+  const next = vm.convert({ address: P, size: P }, 'private');
+  t.equal((await failing).code, 'EAGAIN');
+  t.equal((await next).changed.length, 1);
+  pin[Symbol.dispose]();
+  vm.convertSync({ address: 0, size: 4 * P }, 'private');
+  t.equal(vm.attributes.privateBytes, 4 * P, 'nothing stays busy');
+});
+
+await withPrivate(t, 'closing in the middle', async (t, { kvm, P }) => {
+  for (const content of ['unspecified', 'zero'] as const) {
+    for (let ticks = 0; ticks < 12; ticks++) {
+      const vm = kvm.createVm({ type: 'sw-protected' });
+      const memory = kvm.createHostMemory({ size: 4 * P });
+      const file = vm.createGuestMemfd({ size: 4 * P });
+      vm.createMemslot({ address: 0, size: 2 * P, hostMemory: memory, guestMemfd: file });
+      vm.createMemslot({
+        address: 2 * P,
+        size: 2 * P,
+        hostMemory: memory,
+        hostOffset: 2 * P,
+        guestMemfd: file,
+        guestMemfdOffset: 2 * P,
+      });
+      memory.bytes().fill(1);
+      file.allocate();
+      const result = vm
+        .convert({ address: 0, size: 4 * P }, 'private', { chunkSize: P, content })
+        .catch((error) => error.code);
+      for (let tick = 0; tick < ticks; tick++) await null;
+      vm.close();
+      memory.close();
+      // What takes the numbers of the closed ones must not notice.
+      const heirs = {
+        vm: kvm.createVm({ type: 'sw-protected' }),
+        memory: kvm.createHostMemory({ size: 4 * P }),
+      };
+      const heir = heirs.vm.createGuestMemfd({ size: 4 * P });
+      heirs.memory.bytes().fill(2);
+      heir.allocate();
+      const outcome = await result;
+      t.ok(outcome === 'ERR_CLOSED' || outcome?.freedBytes === 4 * P, `${content}, after ${ticks} ticks`);
+      t.same(
+        [heirs.vm.attributes.privateBytes, heirs.memory.residentBytes(), heir.residentBytes()],
+        [0, 4 * P, 4 * P],
+        'others are left alone',
+      );
+      heirs.vm.close();
+      heirs.memory.close();
+    }
+  }
+});
+
+await withPrivate(t, 'what a progress callback may do', async (t, { vm, P, host, closed }) => {
+  const [memory, file] = [host(4), closed(4)];
+  const slot = vm.createMemslot({ address: 0, size: 4 * P, hostMemory: memory, guestMemfd: file });
+  const codes: string[] = [];
+  const attempt = (call: () => unknown) => codes.push(errorOf(call).code);
+  const onProgress = () => {
+    attempt(() => slot.remove());
+    attempt(() => vm.convertSync({ address: 0, size: P }, 'shared'));
+    attempt(() => memory.close());
+    vm.setMemoryAttributes({ address: 64 * P, size: P }, { private: true });
+  };
+  vm.convertSync({ address: 0, size: 4 * P }, 'private', { onProgress });
+  await vm.convert({ address: 0, size: 4 * P }, 'shared', { onProgress });
+  t.same(codes, ['EBUSY', 'EBUSY', 'EBUSY', 'EBUSY', 'EBUSY', 'EBUSY']);
+  let inner: Promise<ConversionReport> | undefined;
+  const start = () => {
+    inner ??= vm.convert({ address: 0, size: P }, 'shared');
+  };
+  await vm.convert({ address: 0, size: 4 * P }, 'private', { onProgress: start });
+  t.equal((await inner)?.changed.length, 1, 'one that was started meanwhile comes after');
+  refused(
+    t,
+    () => vm.convertSync({ address: 0, size: 4 * P }, 'private', { onProgress: () => vm.close() }),
+    'ERR_CLOSED',
+  );
+  t.equal(vm.closed, true);
+});
+
+// ── a property: any program, against a model that knows nothing but pages
+
+const PAGES = 12;
+const P = 4096;
+
+interface Piece {
+  readonly slot: number;
+  readonly at: number;
+  readonly pages: number;
+  readonly host: number | null;
+  readonly gmem: number | null;
+}
+
+type Operation =
+  | {
+      do: 'convert';
+      at: number;
+      pages: number;
+      to: Visibility;
+      chunk: number;
+      content: 'unspecified' | 'zero' | 'preserve';
+      sync: boolean;
+      failAt: number;
+    }
+  | { do: 'attributes'; at: number; pages: number; secret: boolean }
+  | { do: 'allocate' | 'punch' | 'discard' | 'pin'; at: number; pages: number }
+  | { do: 'touch'; at: number }
+  | { do: 'write'; at: number }
+  | { do: 'unpin' }
+  | { do: 'slot'; at: number; pages: number; kind: 'pair' | 'host' | 'gmem' }
+  | { do: 'remove'; at: number };
+
+const at = fc.nat(PAGES - 1);
+const pages = fc.integer({ min: 1, max: PAGES });
+const operation: fc.Arbitrary<Operation> = fc.oneof(
+  {
+    weight: 4,
+    arbitrary: fc.record({
+      do: fc.constant('convert' as const),
+      at,
+      pages,
+      to: fc.constantFrom<Visibility>('private', 'shared'),
+      chunk: fc.integer({ min: 1, max: 5 }),
+      content: fc.constantFrom('unspecified' as const, 'unspecified' as const, 'zero' as const, 'preserve' as const),
+      sync: fc.boolean(),
+      failAt: fc.oneof(fc.constant(0), fc.integer({ min: 0, max: 6 })),
+    }),
+  },
+  fc.record({ do: fc.constant('attributes' as const), at, pages, secret: fc.boolean() }),
+  {
+    weight: 3,
+    arbitrary: fc.record({ do: fc.constantFrom('allocate' as const, 'punch' as const, 'discard' as const), at, pages }),
+  },
+  fc.record({ do: fc.constant('pin' as const), at, pages: fc.integer({ min: 1, max: 3 }) }),
+  fc.constant({ do: 'unpin' as const }),
+  { weight: 3, arbitrary: fc.record({ do: fc.constantFrom('touch' as const, 'write' as const), at }) },
+  fc.record({
+    do: fc.constant('slot' as const),
+    at,
+    pages,
+    kind: fc.constantFrom('pair' as const, 'host' as const, 'gmem' as const),
+  }),
+  fc.record({ do: fc.constant('remove' as const), at }),
+);
+
+/** Guest page n lies at page n of the host memory and of the file, so that no two slots share a page. */
+class Model {
+  readonly secret = new Set<number>();
+  readonly host = new Set<number>();
+  readonly gmem = new Set<number>();
+  readonly slots: Piece[] = [];
+  readonly pins: [number, number][] = [];
+  next = 0;
+
+  piece(page: number): Piece | undefined {
+    return this.slots.find(({ at, pages }) => page >= at && page < at + pages);
+  }
+
+  pinned(page: number): boolean {
+    return this.pins.some(([from, to]) => page >= from && page < to);
+  }
+}
+
+const span = (from: number, to: number) => Array.from({ length: Math.max(0, to - from) }, (_, index) => from + index);
+const ranges = (list: readonly number[]) => {
+  const found: GuestRange[] = [];
+  for (const page of list) {
+    const last = found.at(-1);
+    if (last && last.address + last.size === page * P)
+      found[found.length - 1] = { address: last.address, size: last.size + P };
+    else found.push({ address: page * P, size: P });
+  }
+  return found;
+};
+const end = (operation: { at: number; pages: number }) => Math.min(PAGES, operation.at + operation.pages);
+
+class Program {
+  readonly #kvm = Kvm.open({ backend: 'software' });
+  readonly vm = this.#kvm.createVm({ type: 'sw-protected' });
+  readonly memory = this.#kvm.createHostMemory({ size: PAGES * P });
+  readonly file = this.vm.createGuestMemfd({ size: PAGES * P });
+  readonly pins: Disposable[] = [];
+  readonly model = new Model();
+
+  async run(operation: Operation): Promise<void> {
+    const { vm, memory, file, model } = this;
+    switch (operation.do) {
+      case 'convert':
+        return this.#convert(operation);
+      case 'attributes': {
+        const list = span(operation.at, end(operation));
+        vm.setMemoryAttributes({ address: operation.at * P, size: list.length * P }, { private: operation.secret });
+        for (const page of list) operation.secret ? model.secret.add(page) : model.secret.delete(page);
+        return;
+      }
+      case 'allocate':
+      case 'punch':
+      case 'discard': {
+        const range = { offset: operation.at * P, size: (end(operation) - operation.at) * P };
+        if (operation.do === 'allocate') file.allocate(range);
+        else if (operation.do === 'punch') file.punchHole(range);
+        else memory.discard(range);
+        for (const page of span(operation.at, end(operation))) {
+          if (operation.do === 'allocate') model.gmem.add(page);
+          else (operation.do === 'punch' ? model.gmem : model.host).delete(page);
+        }
+        return;
+      }
+      case 'pin':
+        this.pins.push(file.pin({ offset: operation.at * P, size: (end(operation) - operation.at) * P }));
+        model.pins.push([operation.at, end(operation)]);
+        return;
+      case 'unpin':
+        this.pins.shift()?.[Symbol.dispose]();
+        model.pins.shift();
+        return;
+      case 'touch':
+        memory.bytes({ offset: operation.at * P, size: P })[5] = 1;
+        model.host.add(operation.at);
+        return;
+      case 'write': {
+        const slot = model.piece(operation.at);
+        const write = () => vm.memory.write(operation.at * P, Uint8Array.of(1));
+        if (!slot || slot.host === null || model.secret.has(operation.at)) same(errorOf(write).code, 'EFAULT');
+        else {
+          write();
+          model.host.add(operation.at);
+        }
+        return;
+      }
+      case 'slot': {
+        const { at, kind } = operation;
+        if (span(at, end(operation)).some((page) => model.piece(page))) return;
+        const { slot } = vm.createMemslot({
+          slot: model.next++,
+          address: at * P,
+          size: (end(operation) - at) * P,
+          ...(kind === 'gmem' ? {} : { hostMemory: memory, hostOffset: at * P }),
+          ...(kind === 'host' ? {} : { guestMemfd: file, guestMemfdOffset: at * P }),
+        });
+        model.slots.push({
+          slot,
+          at,
+          pages: end(operation) - at,
+          host: kind === 'gmem' ? null : at,
+          gmem: kind === 'host' ? null : at,
+        });
+        return;
+      }
+      case 'remove': {
+        const slot = model.piece(operation.at);
+        if (!slot) return;
+        vm.memslots.get(slot.slot)?.remove();
+        model.slots.splice(model.slots.indexOf(slot), 1);
+      }
+    }
+  }
+
+  async #convert(operation: Operation & { do: 'convert' }): Promise<void> {
+    const { vm, model } = this;
+    const { to, content } = operation;
+    const list = span(operation.at, end(operation));
+    const changing = list.filter((page) => model.secret.has(page) !== (to === 'private'));
+    const chunks = ranges(changing).reduce((sum, { size }) => sum + Math.ceil(size / (operation.chunk * P)), 0);
+    let seen = 0;
+    const problem = new Error('stop');
+    const onProgress = () => {
+      if (++seen === operation.failAt) throw problem;
+    };
+    const range = { address: operation.at * P, size: list.length * P };
+    const options: ConvertOptions = { chunkSize: operation.chunk * P, content, onProgress };
+    const call = async () =>
+      operation.sync ? vm.convertSync(range, to, options) : await vm.convert(range, to, options);
+    const outcome: ConversionReport | (Error & { code?: string; errorOffset?: number }) = await call().catch(
+      (error) => error,
+    );
+
+    // One reason after the other, as the docstring has them.
+    const refusal = () => {
+      if (changing.length === 0) return null;
+      if (content === 'preserve' && list.some((page) => model.piece(page))) return 'UNSUPPORTED';
+      if (to === 'private' && changing.some((page) => model.piece(page)?.gmem === null)) return 'EINVAL';
+      if (to === 'private' && changing.some((page) => model.piece(page) && model.pinned(page))) return 'EAGAIN';
+      return null;
+    };
+    const code = refusal();
+    if (code) {
+      same((outcome as Error & { code?: string }).code, code);
+      if (code === 'EAGAIN') {
+        const page = ((outcome as { errorOffset?: number }).errorOffset ?? -1) / P;
+        same(changing.includes(page) && model.pinned(page), true);
+      }
+      return;
+    }
+    const mine = (set: Set<number>, side: 'host' | 'gmem') =>
+      changing.filter((page) => set.has(page) && model.piece(page)?.[side] != null);
+    // A zeroed side is empty before the guest can see it.
+    if (content === 'zero') {
+      const target = to === 'private' ? ('gmem' as const) : ('host' as const);
+      for (const page of mine(model[target], target)) model[target].delete(page);
+    }
+    if (operation.failAt > 0 && operation.failAt <= chunks) {
+      same(outcome, problem);
+      return;
+    }
+    const other = to === 'private' ? ('host' as const) : ('gmem' as const);
+    const freed = mine(model[other], other);
+    for (const page of freed) model[other].delete(page);
+    for (const page of changing) to === 'private' ? model.secret.add(page) : model.secret.delete(page);
+    same(outcome, {
+      to,
+      changed: ranges(changing),
+      unchanged: ranges(list.filter((page) => !changing.includes(page))),
+      freedBytes: freed.length * P,
+      contentBy: content === 'unspecified' || changing.length === 0 ? 'none' : 'kernel',
+    });
+    for (const page of changing) {
+      const slot = model.piece(page);
+      if (!slot || slot.host === null || slot.gmem === null) continue;
+      const held = [this.memory, this.file].filter((one) => one.residentBytes({ offset: page * P, size: P }) > 0);
+      same(held.length <= 1, true);
+    }
+  }
+
+  verify(): void {
+    const { vm, memory, file, model } = this;
+    same(vm.attributes.privateRanges(), ranges([...model.secret].sort((a, b) => a - b)));
+    same(vm.attributes.privateBytes, model.secret.size * P);
+    for (const page of span(0, PAGES)) {
+      same(vm.attributes.at(page * P) === 'private', model.secret.has(page));
+      same(memory.residentBytes({ offset: page * P, size: P }) > 0, model.host.has(page));
+      same(file.residentBytes({ offset: page * P, size: P }) > 0, model.gmem.has(page));
+    }
+    same(vm.memslots.size, model.slots.length);
+  }
+
+  close(): void {
+    this.#kvm.close();
+  }
+}
+
+function same(got: unknown, expected: unknown): void {
+  const [a, b] = [got, expected].map((value) => JSON.stringify(value));
+  if (got !== expected && a !== b) throw new Error(`expected ${b}, got ${got instanceof Error ? got.stack : a}`);
+}
+
+await t.test('any program does what it does to single pages', async (t) => {
+  const runs = Number(process.env.GUEST_MEMFD_RUNS ?? 400);
+  await fc.assert(
+    fc.asyncProperty(fc.array(operation, { maxLength: 30 }), async (operations) => {
+      const program = new Program();
+      try {
+        program.vm.createMemslot({
+          slot: 99,
+          address: 0,
+          size: 6 * P,
+          hostMemory: program.memory,
+          guestMemfd: program.file,
+        });
+        program.model.slots.push({ slot: 99, at: 0, pages: 6, host: 0, gmem: 0 });
+        for (const operation of operations) {
+          await program.run(operation);
+          program.verify();
+        }
+      } finally {
+        program.close();
+      }
+    }),
+    { numRuns: runs },
+  );
+  t.pass(`${runs} programs`);
+});

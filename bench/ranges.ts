@@ -1,13 +1,6 @@
 // What RangeMap promises at the scale of a large guest: 16 TiB in pages of 4 KiB, or a million separate ranges.
 import { RangeMap } from '../lib/ranges.ts';
-
-export interface Row {
-  readonly name: string;
-  readonly value: number;
-  readonly unit: string;
-  /** The value must stay below it. */
-  readonly bar?: number;
-}
+import type { Row } from './measure.ts';
 
 const PAGES = 2 ** 32;
 const MILLION = 1_000_000;

@@ -1,0 +1,214 @@
+// What a system call costs through the boundary and through the objects, against the same call in a C loop.
+import { type ChildProcessWithoutNullStreams, spawn, spawnSync } from 'node:child_process';
+import { once } from 'node:events';
+import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { createInterface } from 'node:readline';
+import { fileURLToPath } from 'node:url';
+import { type GuestMemfd, type HostMemory, Kvm, type Vm } from '../lib/index.ts';
+import { linuxKernel, uapi } from '../lib/kernel/index.ts';
+import { nanoseconds, type Result, type Row, type Skipped, sideBySide, timed } from './measure.ts';
+
+const PAGE = 4096;
+const SLOT_SIZE = 1 << 20;
+const PUNCH = uapi.FALLOC_FL_KEEP_SIZE | uapi.FALLOC_FL_PUNCH_HOLE;
+const ALLOCATE = uapi.FALLOC_FL_KEEP_SIZE;
+const USER_MEMORY = 3;
+const BAR = 1.1;
+const ROUNDS = 61;
+
+interface Case {
+  /** As the C program knows it. */
+  readonly name: string;
+  readonly title: string;
+  /** In one round, about 2 ms. */
+  readonly calls: number;
+  readonly boundary: (calls: number) => void;
+  readonly objects: (calls: number) => void;
+}
+
+export async function benchCalls(): Promise<Result[]> {
+  let kvm: Kvm;
+  try {
+    kvm = Kvm.open({ backend: 'kvm' });
+  } catch (error) {
+    return [skipped(`no KVM here: ${(error as Error).message.split('\n')[0]}`)];
+  }
+  const directory = mkdtempSync(join(tmpdir(), 'guest-memfd-bench-'));
+  try {
+    const program = compile(directory);
+    if (!program) return [skipped('no C compiler here (cc, gcc or clang) to build what it is compared with')];
+    const vm = kvm.createVm();
+    if (!vm.capabilities.guestMemfd) return [skipped(`no guest_memfd on Linux ${kvm.kernelRelease}`)];
+    return await measure(kvm, vm, program);
+  } finally {
+    rmSync(directory, { recursive: true });
+    kvm.close();
+  }
+}
+
+async function measure(kvm: Kvm, vm: Vm, program: string): Promise<Row[]> {
+  const mappable = vm.capabilities.guestMemfdMmap && vm.capabilities.guestMemfdInitShared;
+  const file = vm.createGuestMemfd({ size: SLOT_SIZE, mmap: mappable, initShared: mappable });
+  const memory = kvm.createHostMemory({ size: SLOT_SIZE });
+  const reference = new Reference(program, file.flags);
+  const rows: Row[] = [];
+  for (const { name, title, calls, boundary, objects } of cases(vm, file, memory)) {
+    const [c, low, high] = await sideBySide(
+      [() => reference.time(name, calls), () => timed(boundary, calls), () => timed(objects, calls)],
+      ROUNDS,
+    );
+    if (!c || !low || !high) continue;
+    const against = (time: number): string => `${nanoseconds(time)}, C ${nanoseconds(c.time)}`;
+    rows.push(
+      { name: `${title}, boundary`, value: low.ratio, unit: '× C', bar: BAR, detail: against(low.time) },
+      { name: `${title}, objects`, value: high.ratio, unit: '× C', detail: against(high.time) },
+    );
+  }
+  reference.close();
+  return rows;
+}
+
+/** The boundary works on a VM and a file of its own: what it does to them, the objects would not know. */
+function cases(vm: Vm, file: GuestMemfd, memory: HostMemory): Case[] {
+  const kernel = linuxKernel();
+  const vmFd = kernel.createVm(kernel.openKvm(), 0);
+  const fileFd = kernel.createGuestMemfd(vmFd, { size: SLOT_SIZE, flags: file.flags });
+  const mapping = kernel.mmap({
+    length: SLOT_SIZE,
+    prot: uapi.PROT_READ | uapi.PROT_WRITE,
+    flags: file.flags ? uapi.MAP_SHARED : uapi.MAP_PRIVATE | uapi.MAP_ANONYMOUS,
+    fd: file.flags ? fileFd : -1,
+    offset: 0,
+  });
+  const plain = { slot: 0, flags: 0, guestPhysAddr: 0, memorySize: SLOT_SIZE, userspaceAddr: memory.address };
+  const none = { ...plain, memorySize: 0 };
+  const bound = {
+    ...plain,
+    flags: uapi.KVM_MEM_GUEST_MEMFD,
+    userspaceAddr: file.flags ? kernel.addressOf(mapping) : 0,
+    guestMemfdOffset: 0,
+    guestMemfd: fileFd,
+  };
+  const page = { offset: 0, size: PAGE };
+  return [
+    {
+      name: 'check-extension',
+      title: 'KVM_CHECK_EXTENSION',
+      calls: 6000,
+      boundary: (calls) => {
+        for (let i = 0; i < calls; i++) must(kernel.checkExtension(vmFd, USER_MEMORY));
+      },
+      objects: (calls) => {
+        for (let i = 0; i < calls; i++) vm.checkExtension(USER_MEMORY);
+      },
+    },
+    {
+      name: 'punch',
+      title: 'punch 4 KiB (empty)',
+      calls: 2500,
+      boundary: (calls) => {
+        for (let i = 0; i < calls; i++) must(kernel.fallocate(fileFd, PUNCH, 0, PAGE));
+      },
+      objects: (calls) => {
+        for (let i = 0; i < calls; i++) file.punchHole(page);
+      },
+    },
+    {
+      name: 'allocate-punch',
+      title: 'allocate + punch 4 KiB',
+      calls: 500,
+      boundary: (calls) => {
+        for (let i = 0; i < calls; i++) {
+          must(kernel.fallocate(fileFd, ALLOCATE, 0, PAGE));
+          must(kernel.fallocate(fileFd, PUNCH, 0, PAGE));
+        }
+      },
+      objects: (calls) => {
+        for (let i = 0; i < calls; i++) {
+          file.allocate(page);
+          file.punchHole(page);
+        }
+      },
+    },
+    {
+      name: 'plain-slot',
+      title: 'add + delete a slot, plain',
+      calls: 100,
+      boundary: (calls) => {
+        for (let i = 0; i < calls; i++) {
+          must(kernel.setUserMemoryRegion(vmFd, plain));
+          must(kernel.setUserMemoryRegion(vmFd, none));
+        }
+      },
+      objects: (calls) => {
+        for (let i = 0; i < calls; i++) {
+          vm.createMemslot({ address: 0, size: SLOT_SIZE, hostMemory: memory }).remove();
+        }
+      },
+    },
+    {
+      name: 'guest-memfd-slot',
+      title: 'add + delete a slot, guest_memfd',
+      calls: 100,
+      boundary: (calls) => {
+        for (let i = 0; i < calls; i++) {
+          must(kernel.setUserMemoryRegion2(vmFd, bound));
+          must(kernel.setUserMemoryRegion(vmFd, none));
+        }
+      },
+      objects: (calls) => {
+        for (let i = 0; i < calls; i++) vm.createMemslot({ address: 0, size: SLOT_SIZE, guestMemfd: file }).remove();
+      },
+    },
+  ];
+}
+
+/** bench/calls.c, running. */
+class Reference {
+  readonly #process: ChildProcessWithoutNullStreams;
+  readonly #answers: NodeJS.AsyncIterator<string>;
+
+  constructor(program: string, flags: bigint) {
+    const threads = readdirSync('/proc/self/task').length;
+    this.#process = spawn(program, [String(threads - 1), String(flags)]);
+    this.#process.stderr.pipe(process.stderr);
+    this.#answers = createInterface({ input: this.#process.stdout })[Symbol.asyncIterator]();
+  }
+
+  /** Nanoseconds per call. */
+  async time(name: string, calls: number): Promise<number> {
+    if (!this.#process.stdin.write(`${name} ${calls}\n`)) await once(this.#process.stdin, 'drain');
+    const { value, done } = await this.#answers.next();
+    const total = Number(value);
+    if (done || !(total > 0)) throw new Error(`bench/calls.c: ${name} failed: ${value}`);
+    return total / calls;
+  }
+
+  close(): void {
+    this.#process.stdin.end();
+  }
+}
+
+/** Path of the program, or undefined where nothing compiles it. */
+function compile(directory: string): string | undefined {
+  const source = fileURLToPath(new URL('../../bench/calls.c', import.meta.url));
+  const program = join(directory, 'calls');
+  const compilers = process.env.CC ? [process.env.CC] : ['cc', 'gcc', 'clang'];
+  for (const compiler of compilers) {
+    const built = spawnSync(compiler, ['-O2', '-pthread', '-o', program, source], {
+      stdio: ['ignore', 'ignore', 'inherit'],
+    });
+    if (built.status === 0) return program;
+  }
+  return undefined;
+}
+
+function must(result: number): void {
+  if (result < 0) throw new Error(`a measured call failed: ${result}`);
+}
+
+function skipped(reason: string): Skipped {
+  return { name: 'calls', skipped: reason };
+}

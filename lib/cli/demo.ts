@@ -70,7 +70,7 @@ function kernelNotes({ backend, fallbackReason }: Kvm): string[] {
   if (backend === 'kvm') return [];
   return [
     ...(fallbackReason ? [`KVM cannot be used: ${fallbackReason.message}.`] : []),
-    'Simulated: a model of KVM’s rules answers, in this process. No real VM exists.',
+    'Simulated: a model of KVM’s rules answers; the host’s KVM has no part in it.',
   ];
 }
 

@@ -30,10 +30,8 @@ export async function demoAsText(events: AsyncIterable<DemoEvent>, paint: Paint,
     memory = Math.max(memory, scene.numbers.memory ?? 0);
   }
   const given = freed.reduce((sum, bytes) => sum + bytes, 0);
-  line(
-    `${paint('bold', 'In short:')} a guest with ${amount(memory)} of memory never held more than ${amount(Math.max(...held))},`,
-  );
-  line(`and conversions and holes gave ${amount(given)} back to the host.`);
+  const summary = `In short: a guest with ${amount(memory)} of memory never held more than ${amount(Math.max(...held))}; ${amount(given)} went back to the host on the way.`;
+  for (const text of wrap(summary)) line(paint('bold', text));
   line(paint('dim', 'More: guest-memfd probe · guest-memfd demo --help · examples/'));
 }
 
@@ -63,7 +61,7 @@ function drawPart({ backend, kernel, arch, vmType, notes }: Part, paint: Paint):
 function drawStep({ title, calls, outcome, refusal }: Step, number: number, paint: Paint): string[] {
   return [
     paint('bold', `${String(number).padStart(2)}  ${title}`),
-    ...calls.map((call) => paint('dim', `    ${call}`)),
+    ...calls.flatMap((call) => wrap(call, '      ', '    ')).map((call) => paint('dim', call)),
     ...outcome.flatMap((text) => wrap(text, '      ', '    → ')),
     ...(refusal ? wrap(refusal.message, '      ', '    ✗ ').map((text) => paint('yellow', text)) : []),
   ];

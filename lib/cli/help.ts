@@ -2,8 +2,9 @@ import { kernelVersions } from '../model_options.ts';
 import type { Topic } from './options.ts';
 
 const shared = `
-  --backend NAME    auto (default): /dev/kvm when it opens, otherwise the software
-                    kernel, and why · kvm: /dev/kvm or an error · software
+  --backend NAME    auto (default): /dev/kvm when it opens, otherwise the
+                    software kernel, and why · kvm: /dev/kvm or an error ·
+                    software: without asking /dev/kvm
   --device PATH     another path than /dev/kvm
   --kernel VERSION  what the software kernel plays, instead of the newest:
                     ${kernelVersions.join(', ')}
@@ -41,8 +42,8 @@ Options:${shared}
 
 Examples:
   guest-memfd probe
-  guest-memfd probe --backend kvm                    fails where KVM cannot be used
-  guest-memfd probe --kernel 6.8                     what did Linux 6.8 have?
+  guest-memfd probe --backend kvm     fails where KVM cannot be used
+  guest-memfd probe --kernel 6.8      what did Linux 6.8 have?
   guest-memfd probe --arch aarch64 --kernel 6.18
   guest-memfd probe --json | jq .vmTypes.creatable
 `,
@@ -53,13 +54,13 @@ Usage: guest-memfd demo [options]
 Options:
   --type NAME       VM type; the one with private memory where there is one
                     (guest-memfd probe lists them)
-  --memory SIZE     guest memory, like 512M or 64G; 4G by default. It is sparse: the
-                    tour never holds more than a few hundred MiB of it${shared}
+  --memory SIZE     guest memory, like 512M or 64G; 4G by default. It is
+                    sparse: the tour holds some 160 MiB at most${shared}
 
 Examples:
   guest-memfd demo
   guest-memfd demo --backend software --type sw-protected
-                                        the whole private story, without /dev/kvm
+                              the whole private story, without /dev/kvm
   guest-memfd demo --type default --memory 16G
   guest-memfd demo --json | jq '.parts[].steps[].held'
 `,

@@ -5,6 +5,7 @@ import { GiB, KiB, MiB, TiB } from '../uapi.ts';
 
 /** What the user typed cannot be: one line, and where help is. */
 export class UsageError extends Error {
+  override readonly name = 'UsageError';
   readonly topic: Topic | undefined;
 
   constructor(message: string, topic?: Topic) {

@@ -120,7 +120,7 @@ function verdict({ backend, privateMemory }: Findings): string {
     : 'not on the kernel it plays; the newest on x86_64 has it';
 }
 
-function drawCapabilities({ capabilities, notAsked }: Findings, paint: Paint): string[] {
+function drawCapabilities({ backend, capabilities, notAsked }: Findings, paint: Paint): string[] {
   const tables = Object.entries(capabilities).flatMap(([type, found]) => (found ? [{ type, found }] : []));
   const lines: string[] = [];
   for (let at = 0; at < tables.length; at += TYPES_ABREAST) {
@@ -135,7 +135,11 @@ function drawCapabilities({ capabilities, notAsked }: Findings, paint: Paint): s
   }
   for (const [type, why] of Object.entries(notAsked))
     lines.push(...wrap(`VMs of type ${type} were not asked: ${why}`, '  '));
-  return lines;
+  const how = backend === 'kvm' ? 'the kernel says so' : 'the software kernel plays it';
+  return [
+    ...lines,
+    paint('dim', `  Names as in vm.capabilities; ${backend === 'kvm' ? 'reported' : 'modelled'}: ${how}.`),
+  ];
 }
 
 function drawValue(value: Value | undefined, paint: Paint): string {

@@ -35,10 +35,10 @@ export function amount(bytes: number): string {
   return terms.join(' + ') || '0';
 }
 
-/** A place: '4.25 GiB' where two digits say it exactly, otherwise hexadecimal. */
+/** A place: '4.25 GiB', '2625 MiB' where two digits say it exactly, otherwise hexadecimal. */
 export function place(address: number): string {
-  const [size, name] = units.find(([size]) => address >= size) ?? [1, 'bytes'];
-  return address === 0 ? '0' : (address * 100) % size === 0 && size > 1 ? `${address / size} ${name}` : hex(address);
+  const [size, name] = units.find(([size]) => address >= size && (address * 100) % size === 0) ?? [1, ''];
+  return address === 0 ? '0' : size > 1 ? `${address / size} ${name}` : hex(address);
 }
 
 /** A number as a program would write it: '512 * MiB'. */

@@ -19,7 +19,7 @@ export interface Step {
 export interface Layout {
   readonly low: GuestRange;
   readonly high: GuestRange;
-  /** What the acts measure in: 64 MiB of a 4 GiB guest. */
+  /** What the acts measure in, a power of two: 64 MiB for a guest of 4 GiB or more. */
   readonly unit: number;
 }
 
@@ -29,11 +29,10 @@ const LOW_MAX = 3 * GiB;
 
 export function layout(memory: number): Layout {
   const low = Math.min(LOW_MAX, Math.floor((memory * 3) / 4 / MiB) * MiB);
-  const grain = 128 * 1024; // two pages, of any page size
   return {
     low: { address: 0, size: low },
     high: { address: HIGH, size: memory - low },
-    unit: Math.floor(low / 48 / grain) * grain,
+    unit: 2 ** Math.floor(Math.log2(low / 48)),
   };
 }
 
@@ -49,7 +48,7 @@ export async function* privateTour(vm: Vm, { low, high, unit }: Layout): AsyncGe
       `kvm.createHostMemory({ size: ${code(total)} })  // the shared side`,
       `vm.createGuestMemfd({ size: ${code(total)} })   // the private side`,
       `vm.createMemslot({ address: 0, size: ${code(low.size)}, … })`,
-      `vm.createMemslot({ address: 4 * GiB, size: ${code(high.size)}, guestMemfdOffset: ${code(low.size)}, … })`,
+      `vm.createMemslot({ address: 4 * GiB, guestMemfdOffset: ${code(low.size)}, … })`,
     ],
     outcome: [`${amount(total)} of guest memory, and it costs nothing yet`],
     numbers: { memory: total },
@@ -57,7 +56,7 @@ export async function* privateTour(vm: Vm, { low, high, unit }: Layout): AsyncGe
 
   const image = { address: 8 * unit, size: unit / 2 };
   yield hostAccess(vm, image);
-  yield refused('hole', 'What no memslot backs is refused', `vm.memory.read(${code(low.size - 4)}, 8)`, () =>
+  yield refused('hole', 'What no memslot backs is refused', `vm.memory.read(${code(low.size)} - 4, 8)`, () =>
     vm.memory.read(low.size - 4, 8),
   );
 
@@ -75,10 +74,10 @@ export async function* privateTour(vm: Vm, { low, high, unit }: Layout): AsyncGe
   const writtenAbove = { offset: low.size + 4 * unit, size: unit / 2 };
   file.allocate(written);
   file.allocate(writtenAbove);
-  yield step('guest-writes', 'The guest writes to its private memory', {
+  yield step('guest-writes', 'The guest fills some of its private memory', {
     calls: [
       `file.allocate({ offset: ${code(written.offset)}, size: ${code(written.size)} })`,
-      `file.allocate({ offset: ${code(writtenAbove.offset)}, size: ${code(writtenAbove.size)} })`,
+      `file.allocate({ offset: ${code(low.size)} + ${code(4 * unit)}, size: ${code(writtenAbove.size)} })`,
     ],
     outcome: ['nobody runs this guest: pages allocated for it stand in for its writes'],
     numbers: { allocatedBytes: written.size + writtenAbove.size },
@@ -104,7 +103,7 @@ export async function* privateTour(vm: Vm, { low, high, unit }: Layout): AsyncGe
   file.punchHole(writtenAbove);
   const freed = before - file.residentBytes();
   yield step('punch-hole', 'Punch a hole into the private memory', {
-    calls: [`file.punchHole({ offset: ${code(writtenAbove.offset)}, size: ${code(writtenAbove.size)} })`],
+    calls: [`file.punchHole({ offset: ${code(low.size)} + ${code(4 * unit)}, size: ${code(writtenAbove.size)} })`],
     outcome: [
       `${amount(freed)} given back; still private, and zeros when the guest looks`,
       `offset ${place(writtenAbove.offset)} of the file is guest address ${place(HIGH + 4 * unit)}`,
@@ -130,7 +129,7 @@ export async function* sharedTour(vm: Vm, { low, high, unit }: Layout): AsyncGen
     calls: [
       create,
       `vm.createMemslot({ address: 0, size: ${code(low.size)}, … })`,
-      `vm.createMemslot({ address: 4 * GiB, size: ${code(high.size)}, ${offset}: ${code(low.size)}, … })`,
+      `vm.createMemslot({ address: 4 * GiB, ${offset}: ${code(low.size)}, … })`,
     ],
     outcome: [
       `${amount(total)} of guest memory, and it costs nothing yet`,
@@ -141,7 +140,7 @@ export async function* sharedTour(vm: Vm, { low, high, unit }: Layout): AsyncGen
 
   const image = { address: 8 * unit, size: unit / 2 };
   yield hostAccess(vm, image);
-  yield refused('hole', 'What no memslot backs is refused', `vm.memory.read(${code(low.size - 4)}, 8)`, () =>
+  yield refused('hole', 'What no memslot backs is refused', `vm.memory.read(${code(low.size)} - 4, 8)`, () =>
     vm.memory.read(low.size - 4, 8),
   );
 
@@ -192,7 +191,7 @@ function conversion(
   ) as [number, number];
   const start = address < HIGH ? code(address) : `4 * GiB + ${code(address - HIGH)}`;
   return step(id, title, {
-    calls: [`await vm.convert({ address: ${start}, size: ${code(size)} }, '${to}')`],
+    calls: [`vm.convert({ address: ${start}, size: ${code(size)} }, '${to}')`],
     outcome: [
       `${amount(changedBytes)} changed${unchangedBytes > 0 ? `, ${amount(unchangedBytes)} were ${to} already` : ''}; ${freedBytes > 0 ? `${amount(freedBytes)} given back to the host` : 'nothing was held there'}`,
       ...more,

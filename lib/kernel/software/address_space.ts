@@ -40,6 +40,7 @@ export class Mapping {
   /** Where its bytes are: the file's own, or a private copy of what was written. */
   readonly store: PageStore;
   readonly protection = new RangeMap<number>();
+  readonly #createdWritable: boolean;
   readonly guards = new RangeMap<true>();
   readonly locked = new RangeMap<true>();
   readonly policy = new RangeMap<number>();
@@ -62,7 +63,21 @@ export class Mapping {
     this.pgoff = pgoff;
     this.store = shared && file ? file.store : new PageStore(pageSize, () => (pgoff + pages) * pageSize);
     this.protection.set(0, pages, prot);
+    this.#createdWritable = (prot & PROT_WRITE) !== 0;
     file?.hold();
+    if (this.#writes) this.#writes.writableMappings++;
+  }
+
+  /** What F_SEAL_WRITE has to know of this mapping. */
+  get #writes(): MemoryFile | null {
+    return this.shared && this.#createdWritable && this.file && !(this.file instanceof SoftwareGuestMemfd)
+      ? this.file
+      : null;
+  }
+
+  drop(): void {
+    if (this.#writes) this.#writes.writableMappings--;
+    this.file?.drop();
   }
 
   get gmem(): SoftwareGuestMemfd | null {
@@ -125,13 +140,13 @@ export class AddressSpace {
 
   unmap(handle: number): Result {
     const mapping = this.#mappings[handle];
-    if (!mapping) return -ERRNO.EINVAL;
+    if (!mapping) return -ERRNO.ENOMEM;
     for (const { start, end } of mapping.windows) mapping.store.detach(start, end - start);
     const first = Number(mapping.address / BigInt(this.#machine.pageSize));
     this.#addresses.delete(first, first + mapping.pages);
     this.#mappings[handle] = undefined;
     this.#free.push(handle);
-    mapping.file?.drop();
+    mapping.drop();
     return 0;
   }
 
@@ -202,7 +217,7 @@ export class AddressSpace {
       case MADV_POPULATE_READ:
       case MADV_POPULATE_WRITE: {
         const prot = advice === MADV_POPULATE_READ ? PROT_READ : PROT_READ | PROT_WRITE;
-        if ((mapping.protection.get(start) ?? prot) & prot)
+        if (((mapping.protection.get(start) ?? 0) & prot) === prot)
           return this.populate(mapping, start, end, prot) ? 0 : -ERRNO.EFAULT;
         return -ERRNO.EINVAL;
       }

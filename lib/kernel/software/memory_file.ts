@@ -1,4 +1,14 @@
-import { ERRNO, F_ADD_SEALS, F_GET_SEALS, SEEK_CUR, SEEK_DATA, SEEK_END, SEEK_HOLE, SEEK_SET } from '../../uapi.ts';
+import {
+  ERRNO,
+  F_ADD_SEALS,
+  F_GET_SEALS,
+  F_SEAL_WRITE,
+  SEEK_CUR,
+  SEEK_DATA,
+  SEEK_END,
+  SEEK_HOLE,
+  SEEK_SET,
+} from '../../uapi.ts';
 import type { Result } from '../kernel.ts';
 import { OpenFile } from '../state.ts';
 import { PageStore } from './page_store.ts';
@@ -6,7 +16,6 @@ import { PageStore } from './page_store.ts';
 const SEAL_SEAL = 1;
 const SEAL_SHRINK = 2;
 const SEAL_GROW = 4;
-const SEAL_WRITE = 8;
 const ALL_SEALS = 0x3f;
 
 /** A file of bytes: a memfd, an opened file, or the shmem behind shared anonymous memory. Sizes and offsets below 2^53. */
@@ -17,6 +26,8 @@ export class MemoryFile extends OpenFile {
   size = 0;
   position = 0;
   seals: number;
+  /** Shared mappings made with PROT_WRITE: F_SEAL_WRITE has to wait for them. */
+  writableMappings = 0;
 
   constructor(pageSize: number, ino: bigint, options: { sealable?: boolean; mode?: number } = {}) {
     super('file');
@@ -38,7 +49,7 @@ export class MemoryFile extends OpenFile {
   }
 
   write(source: Uint8Array, offset: number): Result {
-    if (this.seals & SEAL_WRITE) return -ERRNO.EPERM;
+    if (this.seals & F_SEAL_WRITE) return -ERRNO.EPERM;
     const end = offset + source.length;
     if (end > this.size && this.seals & SEAL_GROW) return -ERRNO.EPERM;
     this.store.write(offset, source);
@@ -64,7 +75,7 @@ export class MemoryFile extends OpenFile {
   }
 
   punch(offset: number, length: number): Result {
-    if (this.seals & SEAL_WRITE) return -ERRNO.EPERM;
+    if (this.seals & F_SEAL_WRITE) return -ERRNO.EPERM;
     this.#erase(offset, offset + length);
     return 0;
   }
@@ -99,6 +110,7 @@ export class MemoryFile extends OpenFile {
     if (command === F_GET_SEALS) return this.seals;
     if (command !== F_ADD_SEALS || argument & ~ALL_SEALS) return -ERRNO.EINVAL;
     if (this.seals & SEAL_SEAL) return -ERRNO.EPERM;
+    if (argument & F_SEAL_WRITE && this.writableMappings > 0) return -ERRNO.EBUSY;
     this.seals |= argument;
     return 0;
   }

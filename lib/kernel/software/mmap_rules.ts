@@ -1,5 +1,6 @@
 import { hex } from '../../format.ts';
 import {
+  F_SEAL_WRITE,
   GUEST_MEMFD_FLAG_MMAP,
   HUGE_SHIFT,
   MAP_ANONYMOUS,
@@ -12,12 +13,14 @@ import {
   MAP_SHARED_VALIDATE,
   MAP_TYPE,
   PROT_EXEC,
+  PROT_WRITE,
 } from '../../uapi.ts';
 import { big, isAligned, isZero } from '../arguments.ts';
 import type { U64 } from '../kernel.ts';
 import type { Machine } from '../machine.ts';
 import { type Rule, rule } from '../rules/rule.ts';
 import { GuestMemfdFile, type OpenFile } from '../state.ts';
+import { MemoryFile } from './memory_file.ts';
 
 export interface MmapRequest {
   readonly length: U64;
@@ -89,6 +92,12 @@ export const mmapRules: readonly Rule<Machine, MmapRequest>[] = [
   rule('EOPNOTSUPP', 'mmap-validate', (_machine, { flags }) => {
     const unknown = (flags & MAP_TYPE) === MAP_SHARED_VALIDATE && (flags & ~LEGACY_FLAGS) !== 0;
     return unknown && `the file does not support all of the flags ${hex(flags >>> 0)}`;
+  }),
+  rule('EPERM', 'memfd-sealed', (_machine, { file, flags, prot }) => {
+    const writes = (flags & MAP_TYPE) !== MAP_PRIVATE && (prot & PROT_WRITE) !== 0;
+    return (
+      writes && file instanceof MemoryFile && (file.seals & F_SEAL_WRITE) !== 0 && 'the file is sealed against writing'
+    );
   }),
   // 8–11
   rule(

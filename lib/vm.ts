@@ -168,7 +168,8 @@ export class Vm extends Resource {
   /**
    * Converts guest memory to private or shared: sets the attribute, and gives the memory of the other side back to the host, so that no byte is
    * held twice. The kernel works page by page and cannot be interrupted, so this goes in chunks, on another thread; conversions of one VM take
-   * place one after the other. If anything fails before the last chunk, or the signal aborts, all is as it was.
+   * place one after the other. If anything fails before the last chunk, or the signal aborts, all the guest and the host can see is as it was (with
+   * `content: 'zero'` the side that was about to appear is empty by then).
    *
    * @param range Guest physical addresses, page-aligned. Parts without a memslot only get the attribute.
    * @throws KvmError `UNSUPPORTED` no private memory here, or content that nobody can preserve · `EAGAIN` a page is pinned (`errorOffset`: the

@@ -294,18 +294,6 @@ t.test('the demo where it starts', async (t) => {
   if (hasKvm) t.equal(JSON.parse(run(['probe', '--json']).out).backend, 'kvm');
 });
 
-t.test('both demos end within two seconds', async (t) => {
-  for (const args of [['demo'], ['demo', '--backend', 'software']]) {
-    let best = Number.POSITIVE_INFINITY;
-    for (let tries = 0; tries < 5 && best >= 2000; tries++) {
-      const start = performance.now();
-      run(args);
-      best = Math.min(best, performance.now() - start);
-    }
-    t.ok(best < 2000, `${args.join(' ')}: ${Math.round(best)} ms`);
-  }
-});
-
 t.test('a VM type that is not there', async (t) => {
   const tdx = run(['demo', '--backend', 'software', '--type', 'tdx']);
   t.same([tdx.status, tdx.out], [1, '']);

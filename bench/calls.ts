@@ -16,13 +16,13 @@ const PUNCH = uapi.FALLOC_FL_KEEP_SIZE | uapi.FALLOC_FL_PUNCH_HOLE;
 const ALLOCATE = uapi.FALLOC_FL_KEEP_SIZE;
 const USER_MEMORY = 3;
 const BAR = 1.1;
-const ROUNDS = 61;
+const ROUNDS = 201;
 
 interface Case {
   /** As the C program knows it. */
   readonly name: string;
   readonly title: string;
-  /** In one round, about 2 ms. */
+  /** In one round, about 1 ms. */
   readonly calls: number;
   readonly boundary: (calls: number) => void;
   readonly objects: (calls: number) => void;
@@ -96,7 +96,7 @@ function cases(vm: Vm, file: GuestMemfd, memory: HostMemory): Case[] {
     {
       name: 'check-extension',
       title: 'KVM_CHECK_EXTENSION',
-      calls: 6000,
+      calls: 3000,
       boundary: (calls) => {
         for (let i = 0; i < calls; i++) must(kernel.checkExtension(vmFd, USER_MEMORY));
       },
@@ -107,7 +107,7 @@ function cases(vm: Vm, file: GuestMemfd, memory: HostMemory): Case[] {
     {
       name: 'punch',
       title: 'punch 4 KiB (empty)',
-      calls: 2500,
+      calls: 1500,
       boundary: (calls) => {
         for (let i = 0; i < calls; i++) must(kernel.fallocate(fileFd, PUNCH, 0, PAGE));
       },
@@ -118,7 +118,7 @@ function cases(vm: Vm, file: GuestMemfd, memory: HostMemory): Case[] {
     {
       name: 'allocate-punch',
       title: 'allocate + punch 4 KiB',
-      calls: 500,
+      calls: 250,
       boundary: (calls) => {
         for (let i = 0; i < calls; i++) {
           must(kernel.fallocate(fileFd, ALLOCATE, 0, PAGE));
@@ -135,7 +135,7 @@ function cases(vm: Vm, file: GuestMemfd, memory: HostMemory): Case[] {
     {
       name: 'plain-slot',
       title: 'add + delete a slot, plain',
-      calls: 100,
+      calls: 25,
       boundary: (calls) => {
         for (let i = 0; i < calls; i++) {
           must(kernel.setUserMemoryRegion(vmFd, plain));
@@ -151,7 +151,7 @@ function cases(vm: Vm, file: GuestMemfd, memory: HostMemory): Case[] {
     {
       name: 'guest-memfd-slot',
       title: 'add + delete a slot, guest_memfd',
-      calls: 100,
+      calls: 25,
       boundary: (calls) => {
         for (let i = 0; i < calls; i++) {
           must(kernel.setUserMemoryRegion2(vmFd, bound));

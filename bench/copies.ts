@@ -4,12 +4,12 @@ import { linuxKernel, uapi } from '../lib/kernel/index.ts';
 import { type Result, type Round, type Row, sideBySide, timed } from './measure.ts';
 
 const SIZES = [
-  { size: 1 << 12, label: '4 KiB', calls: 8000 },
-  { size: 1 << 16, label: '64 KiB', calls: 1000 },
-  { size: 1 << 20, label: '1 MiB', calls: 50 },
+  { size: 1 << 12, label: '4 KiB', calls: 4000 },
+  { size: 1 << 16, label: '64 KiB', calls: 500 },
+  { size: 1 << 20, label: '1 MiB', calls: 25 },
 ];
 const MAX = 1 << 20;
-const ROUNDS = 41;
+const ROUNDS = 81;
 /** Of memcpy's throughput, at 1 MiB: the cost of asking for smaller ones is that of a call. */
 const GUARDED = 0.7;
 const VIEW = 0.95;

@@ -3,7 +3,7 @@ import { GiB, TiB } from '../lib/index.ts';
 import { softwareKernel, uapi } from '../lib/kernel/index.ts';
 import { MemoryAttributes } from '../lib/memory_attributes.ts';
 import { internal } from '../lib/resource.ts';
-import { median, type Result, timed } from './measure.ts';
+import { quantile, type Result, timed } from './measure.ts';
 
 const PAGE = 4096;
 const SPACE = 16 * TiB;
@@ -124,7 +124,10 @@ function singleCalls(): Result[] {
 
 /** Nanoseconds per call: the median of several rounds. */
 function typical(loop: (calls: number) => void, calls: number): number {
-  return median(Array.from({ length: 11 }, () => timed(loop, calls)));
+  return quantile(
+    Array.from({ length: 11 }, () => timed(loop, calls)),
+    0.5,
+  );
 }
 
 function must(result: number): void {

@@ -1,7 +1,7 @@
 // What a person sees: the command line and the examples, as child processes.
 import { type SpawnSyncReturns, spawn, spawnSync } from 'node:child_process';
 import { once } from 'node:events';
-import { closeSync, mkdtempSync, openSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -13,11 +13,12 @@ import { drawLegend, drawMap, memoryMap } from '../lib/cli/memory_map.ts';
 import { type DemoOptions, parseCommand } from '../lib/cli/options.ts';
 import { amount, code, place, wrap } from '../lib/cli/text.ts';
 import { GiB, KiB, Kvm, MiB } from '../lib/index.ts';
+import { realKernel } from './kvm_host.ts';
 
 const root = fileURLToPath(new URL('../..', import.meta.url));
 const main = join(root, 'dist/lib/cli/main.js');
 const NOBODY = 65534;
-const hasKvm = opens('/dev/kvm');
+const hasKvm = !('reason' in realKernel());
 // What the environment of the tests says about colours and debugging must not decide.
 const { NO_COLOR, FORCE_COLOR, DEBUG, NODE_OPTIONS, ...env } = process.env;
 
@@ -37,15 +38,6 @@ function node(args: readonly string[], more: { env?: Record<string, string>; uid
 
 function ran({ status, stdout, stderr }: SpawnSyncReturns<string>): Ran {
   return { status, out: stdout ?? '', err: stderr ?? '' };
-}
-
-function opens(path: string): boolean {
-  try {
-    closeSync(openSync(path, 'r+'));
-    return true;
-  } catch {
-    return false;
-  }
 }
 
 function longestLine(text: string): number {

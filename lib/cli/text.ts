@@ -51,6 +51,10 @@ export function code(bytes: number): string {
 
 /** Words in lines of at most `COLUMNS`, each behind the indent; the first line behind `lead` instead, when there is one. */
 export function wrap(text: string, indent = '', lead = indent): string[] {
+  return text.split('\n').flatMap((line, index) => wrapLine(line.trim(), indent, index === 0 ? lead : indent));
+}
+
+function wrapLine(text: string, indent: string, lead: string): string[] {
   const lines: string[] = [];
   let line = lead;
   let empty = true;

@@ -1,6 +1,7 @@
 // Builds the addon for every platform of the package into prebuilds/, and checks the set: nothing is missing, each file is for
 // the machine its name says (a cross build without its compiler quietly makes one for this machine), and none asks for newer
 // system libraries than the oldest that Node itself runs on.
+//   --available   leaves out, with a warning, what this machine has no compiler for: for `npm pack`, not for a release
 
 import { spawnSync } from 'node:child_process';
 import { existsSync, mkdtempSync, readdirSync, rmSync, statSync } from 'node:fs';
@@ -8,7 +9,7 @@ import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { machineOf, machines, versionsNeeded } from './elf.mjs';
-import { copySources, gypEnvironment, installed, root } from './toolchain.mjs';
+import { copySources, gypEnvironment, installed, missingTools, root } from './toolchain.mjs';
 
 /** The newest symbol versions of the systems the official Node 20 to 26 run on. */
 const floor = { GLIBC: '2.28', GLIBCXX: '3.4.21', CXXABI: '1.3.9', GCC: '4.3.0' };
@@ -22,16 +23,21 @@ if (process.platform !== 'linux') {
   console.error(`prebuilds: made on Linux, and this is ${process.platform}`);
   process.exit(1);
 }
-for (const arch of Object.keys(compilers)) build(arch);
-process.exit(report(Object.keys(compilers).map(inspect)) ? 0 : 1);
+const onlyAvailable = process.argv.includes('--available');
+const built = Object.keys(compilers).filter(build);
+process.exit(built.length === 0 || report(built.map(inspect)) ? 0 : 1);
 
+/** False when this machine cannot, and need not. */
 function build(arch) {
   const cross = arch !== process.arch;
   const { triplet, install } = compilers[arch];
   const tools = cross ? { CC: `${triplet}-gcc`, CXX: `${triplet}-g++`, PREBUILD_STRIP_BIN: `${triplet}-strip` } : {};
-  const missing = Object.values(tools).find((tool) => !installed(tool));
-  if (missing !== undefined) {
-    console.error(`prebuilds: linux-${arch} needs ${missing}: sudo apt install ${install}`);
+  const missing = [...Object.values(tools).filter((tool) => !installed(tool)), ...(cross ? [] : missingTools())];
+  if (missing.length > 0) {
+    console.error(
+      `prebuilds: linux-${arch} needs ${missing[0]}: sudo apt install ${cross ? install : 'g++ make python3'}`,
+    );
+    if (onlyAvailable) return false;
     process.exit(1);
   }
 
@@ -50,6 +56,7 @@ function build(arch) {
     console.error(`prebuilds: linux-${arch} failed, see above`);
     process.exit(1);
   }
+  return true;
 }
 
 /** One line of the table: what the file is, and everything that is wrong with it. */

@@ -7,8 +7,8 @@ import type { Result, Row } from './measure.ts';
 /** With --full, for both; by default what takes some seconds. */
 const FULL = 100_000;
 const COUNT: Record<BackendName, number> = { kvm: 5000, software: 10_000 };
-/** Until the heap has its size; it is asked for after each part, because it breathes by more than a leak would add. */
-const WARM_UP = { parts: 5, cycles: 800 };
+/** Before and after: the heap breathes by more than a leak would add, so what is held is looked at more than once. */
+const PARTS = { count: 5, cycles: 800 };
 
 interface Held {
   readonly fds: number;
@@ -30,18 +30,16 @@ export async function benchCycles(full: boolean): Promise<Result[]> {
 
 async function measure(backend: BackendName, count: number): Promise<Row[]> {
   const kvm = Kvm.open({ backend });
-  const early: Held[] = [];
-  for (let part = 0; part < WARM_UP.parts; part++) {
-    await repeat(kvm, WARM_UP.cycles);
-    early.push(await held());
-  }
+  const early = await inParts(kvm);
   const start = performance.now();
   await repeat(kvm, count);
   const time = (performance.now() - start) / count;
-  const after = await held();
+  const late = await inParts(kvm);
   kvm.close();
   const name = `${backend}, ${count.toLocaleString('en').replaceAll(',', ' ')} cycles`;
-  const growth = (what: keyof Held): number => Math.max(0, after[what] - Math.max(...early.map((one) => one[what])));
+  const growth = (what: keyof Held): number => {
+    return Math.max(0, Math.min(...late.map((one) => one[what])) - Math.max(...early.map((one) => one[what])));
+  };
   return [
     { name: `${name}: time of one`, value: time * 1000, unit: 'µs' },
     { name: `${name}: fds left`, value: growth('fds'), unit: '', bar: 0 },
@@ -49,6 +47,15 @@ async function measure(backend: BackendName, count: number): Promise<Row[]> {
     { name: `${name}: mappings left`, value: growth('mappings'), unit: '', bar: count / 100 },
     { name: `${name}: memory left`, value: growth('mebibytes'), unit: 'MiB', bar: 16 },
   ];
+}
+
+async function inParts(kvm: Kvm): Promise<Held[]> {
+  const seen: Held[] = [];
+  for (let part = 0; part < PARTS.count; part++) {
+    await repeat(kvm, PARTS.cycles);
+    seen.push(await held());
+  }
+  return seen;
 }
 
 async function repeat(kvm: Kvm, count: number): Promise<void> {

@@ -51,6 +51,7 @@ export class GuestMemfd extends Resource {
     this.#mapping = mapping;
     this.size = file.size;
     this.flags = file.flags;
+    Object.freeze(this);
   }
 
   /** @internal */

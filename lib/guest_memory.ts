@@ -43,6 +43,7 @@ export class GuestMemory {
   constructor(token: typeof internal, owner: MemoryOwner) {
     guardConstructor(token, 'vm.memory');
     this.#owner = owner;
+    Object.freeze(this);
   }
 
   /**

@@ -137,6 +137,7 @@ export class HostMemory extends Resource {
     this.#alignment = memory.alignment;
     this.kind = memory.kind;
     this.size = memory.size;
+    Object.freeze(this);
   }
 
   /** @internal */

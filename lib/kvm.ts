@@ -93,6 +93,7 @@ export class Kvm extends Resource {
     this.kernelRelease = kernel.release;
     this.pageSize = kernel.pageSize;
     this.apiVersion = kernel.getApiVersion(fd);
+    Object.freeze(this);
   }
 
   /** The types of VM that can be created here. */

@@ -19,6 +19,7 @@ export class MemoryAttributes implements Iterable<GuestRange & { readonly visibi
     guardConstructor(token, 'vm.attributes');
     this.#gfns = gfns;
     this.#pageSize = pageSize;
+    Object.freeze(this);
   }
 
   /** The visibility of the page that holds the address. */

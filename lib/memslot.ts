@@ -115,6 +115,7 @@ export class Memslot implements Disposable {
     this.#appear();
     placement.hostMemory?.backing.slots.add(this);
     placement.guestMemfd?.backing.slots.add(this);
+    Object.freeze(this);
   }
 
   /** Guest physical address, in bytes. */

@@ -85,6 +85,7 @@ export class Vm extends Resource {
     this.memslots = new ReadOnlyMap(this.#owner.slots);
     this.attributes = new MemoryAttributes(internal, kernel.privateGfns(fd) ?? new RangeMap<true>(), kernel.pageSize);
     this.memory = new GuestMemory(internal, this.#owner);
+    Object.freeze(this);
   }
 
   /** What this VM can do, asked of its fd once. */

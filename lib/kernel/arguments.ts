@@ -1,4 +1,5 @@
 import { types } from 'node:util';
+import { shown } from '../validate.ts';
 import type { U64 } from './kernel.ts';
 
 /** Argument checks of the boundary: what cannot be a system call's argument is a TypeError, everything else reaches the kernel. */
@@ -12,12 +13,7 @@ class InvalidArgument extends TypeError {
 }
 
 function invalid(name: string, wanted: string, value: unknown): never {
-  throw new InvalidArgument(`${name} must be ${wanted}, got ${describe(value)}`);
-}
-
-function describe(value: unknown): string {
-  if (typeof value === 'number' || typeof value === 'bigint') return String(value);
-  return value === null ? 'null' : typeof value === 'object' ? 'an object' : `a ${typeof value}`;
+  throw new InvalidArgument(`${name} must be ${wanted}, got ${shown(value)}`);
 }
 
 /** In canonical form: a number up to 2^53-1, a bigint above; a negative value as its two's complement. */
@@ -51,11 +47,10 @@ const [bufferOf, offsetOf, lengthOf] = [intrinsic('buffer'), intrinsic('byteOffs
 /** A plain view of the same bytes: a subclass, or a property put over `length`, could tell us another size than it has. */
 export function bytes(name: string, value: Uint8Array): Uint8Array {
   if (!types.isUint8Array(value)) return invalid(name, 'a Uint8Array', value);
-  return new Uint8Array(
-    bufferOf.call(value) as ArrayBuffer,
-    offsetOf.call(value) as number,
-    lengthOf.call(value) as number,
-  );
+  const length = lengthOf.call(value) as number;
+  // Also what a detached or shrunk buffer leaves.
+  if (length === 0) return new Uint8Array(0);
+  return new Uint8Array(bufferOf.call(value) as ArrayBuffer, offsetOf.call(value) as number, length);
 }
 
 export function text(name: string, value: string): string {

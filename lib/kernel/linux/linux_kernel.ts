@@ -519,6 +519,8 @@ export class LinuxKernel implements Kernel {
       file: this.#files.get(fd),
     };
     const owner = this.#files.vm(vm);
+    // The slots of a VM that came from elsewhere are unknown, so nobody could tell which request is dangerous.
+    if (!owner && this.#files.get(vm)?.kind === 'vm') return this.#answer(-ERRNO.EIO);
     if (owner && isDangerous(owner, request)) {
       const violation = check(memslotRules, owner, request);
       this.#refusal = () => violation?.sentence ?? null;

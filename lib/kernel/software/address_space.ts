@@ -276,15 +276,16 @@ export class AddressSpace {
     if (found && view.length > 0) found.mapping.store.detach(view.byteOffset + found.shift, view.length);
   }
 
-  /** Whether a buffer given to a call is ordinary memory, or a window whose pages a touch reaches. */
-  canTouch(buffer: Uint8Array): boolean {
+  /** How many bytes of a buffer given to a call a touch reaches: all of ordinary memory, and of a window the pages that are there. */
+  touchable(buffer: Uint8Array): number {
     const found = this.#buffers.get(buffer.buffer);
-    if (!found || buffer.length === 0) return true;
+    if (!found) return buffer.length;
     const { mapping, shift } = found;
     const { pageSize } = this.#machine;
     const offset = buffer.byteOffset + shift - mapping.pgoff * pageSize;
-    const [start, end] = [Math.floor(offset / pageSize), Math.ceil((offset + buffer.length) / pageSize)];
-    return mapping.accessible(start, end, PROT_READ) === end - start;
+    const start = Math.floor(offset / pageSize);
+    const pages = mapping.accessible(start, Math.ceil((offset + buffer.length) / pageSize), PROT_READ);
+    return Math.max(0, Math.min(buffer.length, (start + pages) * pageSize - offset));
   }
 
   /** The mapping and byte offset behind a host address. */

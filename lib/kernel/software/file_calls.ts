@@ -154,31 +154,31 @@ export abstract class FileCalls extends SoftwareProcess {
   }
 
   read(fd: number, target: Uint8Array): Result {
-    bytes('target', target);
-    return this.#transfer(fd, target, (file) => {
-      const count = file.read(target, file.position);
+    const plain = bytes('target', target);
+    return this.#transfer(fd, plain, (file) => {
+      const count = file.read(plain, file.position);
       file.position += count;
       return count;
     });
   }
 
   write(fd: number, source: Uint8Array): Result {
-    bytes('source', source);
-    return this.#transfer(fd, source, (file) => {
-      const count = file.write(source, file.position);
+    const plain = bytes('source', source);
+    return this.#transfer(fd, plain, (file) => {
+      const count = file.write(plain, file.position);
       if (count > 0) file.position += count;
       return count;
     });
   }
 
   pread(fd: number, target: Uint8Array, offset: U64): Result {
-    bytes('target', target);
-    return this.#transferAt(fd, target, offset, (file, at) => file.read(target, at));
+    const plain = bytes('target', target);
+    return this.#transferAt(fd, plain, offset, (file, at) => file.read(plain, at));
   }
 
   pwrite(fd: number, source: Uint8Array, offset: U64): Result {
-    bytes('source', source);
-    return this.#transferAt(fd, source, offset, (file, at) => file.write(source, at));
+    const plain = bytes('source', source);
+    return this.#transferAt(fd, plain, offset, (file, at) => file.write(plain, at));
   }
 
   lseek(fd: number, offset: U64, whence: number): Result {
@@ -274,7 +274,8 @@ export abstract class FileCalls extends SoftwareProcess {
     const file = this.file(i32('fd', fd));
     if (!file) return this.badFd(fd);
     if (!(file instanceof MemoryFile)) return this.refuse('EINVAL', 'this file has no read or write');
-    if (!this.memory.canTouch(buffer)) return this.refuse('EFAULT', 'the buffer lies in memory that cannot be touched');
+    if (this.memory.touchable(buffer) < buffer.length)
+      return this.refuse('EFAULT', 'the buffer lies in memory that cannot be touched');
     return this.answer(move(file));
   }
 

@@ -112,10 +112,10 @@ export abstract class MappingCalls extends FileCalls {
   }
 
   mincore(mapping: number, offset: U64, length: U64, residency: Uint8Array): Result {
-    bytes('residency', residency);
+    const plain = bytes('residency', residency);
     return this.#range(mapping, offset, length, (found, start, end) => {
-      if (residency.length < end - start) return -ERRNO.EFAULT;
-      this.memory.residency(found, start, end, residency);
+      if (this.memory.touchable(plain) < end - start) return -ERRNO.EFAULT;
+      this.memory.residency(found, start, end, plain);
       return 0;
     });
   }
@@ -152,18 +152,24 @@ export abstract class MappingCalls extends FileCalls {
 
   peek(mapping: number, offset: U64, target: Uint8Array): Result {
     const at = Number(u64('offset', offset));
-    bytes('target', target);
+    const plain = bytes('target', target);
     const found = this.memory.get(i32('mapping', mapping));
     if (!found) return this.refuse('EFAULT', `there is no mapping ${mapping}`);
-    return this.answer(this.memory.peek(found, at, target));
+    const reached = this.memory.touchable(plain);
+    if (reached === 0 && plain.length > 0)
+      return this.refuse('EFAULT', 'the buffer lies in memory that cannot be touched');
+    return this.answer(this.memory.peek(found, at, plain.subarray(0, reached)));
   }
 
   poke(mapping: number, offset: U64, source: Uint8Array): Result {
     const at = Number(u64('offset', offset));
-    bytes('source', source);
+    const plain = bytes('source', source);
     const found = this.memory.get(i32('mapping', mapping));
     if (!found) return this.refuse('EFAULT', `there is no mapping ${mapping}`);
-    return this.answer(this.memory.poke(found, at, source));
+    const reached = this.memory.touchable(plain);
+    if (reached === 0 && plain.length > 0)
+      return this.refuse('EFAULT', 'the buffer lies in memory that cannot be touched');
+    return this.answer(this.memory.poke(found, at, plain.subarray(0, reached)));
   }
 
   window(mapping: number, offset: number, length: number): Uint8Array {

@@ -188,7 +188,8 @@ export class SoftwareKernel extends MappingCalls implements Kernel {
     // Without manual protection the bits are taken before they are copied out, and lost when that fails. Contract §16.
     if (owner.manualDirtyLog === 0) dirty.clear();
     const size = Math.ceil(slot.pages / 64) * 8;
-    if (!bitmap || bitmap.length < size) return this.refuse('EFAULT', `the bitmap is shorter than ${size} bytes`);
+    if (!bitmap || this.memory.touchable(bitmap) < size)
+      return this.refuse('EFAULT', `the bitmap is shorter than ${size} bytes`);
     bitmap.fill(0, 0, size);
     for (const { start, end } of pages) setBits(bitmap, start, end);
     return 0;
@@ -212,7 +213,8 @@ export class SoftwareKernel extends MappingCalls implements Kernel {
     if (refused !== null) return refused;
     if (request.numPages === 0) return 0;
     const size = Math.ceil(request.numPages / 64) * 8;
-    if (!bitmap || bitmap.length < size) return this.refuse('EFAULT', `the bitmap is shorter than ${size} bytes`);
+    if (!bitmap || this.memory.touchable(bitmap) < size)
+      return this.refuse('EFAULT', `the bitmap is shorter than ${size} bytes`);
     const dirty = owner.slot(request.addressSpace, request.id)?.dirty;
     const first = Number(request.firstPage);
     for (const { start, end } of setRuns(bitmap, request.numPages)) dirty?.delete(first + start, first + end);

@@ -133,10 +133,7 @@ export class Kvm extends Resource {
         `this host cannot create VMs of type '${type}', which need ${vmTypeNeeds[type]}; it has ${[...this.vmTypes].join(', ')}`,
       );
     }
-    const fd = this.#check(this.#kernel.createVm(this.#fd, number + (ipaBits ?? 0)), 'KVM_CREATE_VM', {
-      type: number,
-      ipaBits,
-    });
+    const fd = this.#check(this.#createVm(number + (ipaBits ?? 0)), 'KVM_CREATE_VM', { type: number, ipaBits });
     return new Vm(internal, this, this.#kernel, fd, type);
   }
 
@@ -149,10 +146,18 @@ export class Kvm extends Resource {
     return HostMemory.create(internal, this, this.#kernel, given, () => this.assertOpen());
   }
 
+  /** A signal to the process (a profiler's, a timer's) interrupts the creation, and nothing of it remains then. */
+  #createVm(type: number): Result {
+    let result: Result;
+    do result = this.#kernel.createVm(this.#fd, type);
+    while (result === -ERRNO.EINTR);
+    return result;
+  }
+
   #askVmTypes(): ReadonlySet<VmType> {
     if (this.arch === 'aarch64') {
       // Only a pKVM host ignores the address bits, so this finds out without creating a protected VM, which would taint the kernel.
-      const trial = this.#kernel.createVm(this.#fd, 1);
+      const trial = this.#createVm(1);
       if (trial < 0) return new Set<VmType>(['default']);
       this.#kernel.close(trial);
       return new Set<VmType>(['default', 'protected']);

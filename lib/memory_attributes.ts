@@ -40,14 +40,13 @@ export class MemoryAttributes implements Iterable<GuestRange & { readonly visibi
       return Array.from(this.#gfns.within(0, LAST), ({ start, end }) => this.#bytes(start, end));
     const { address, size } = guestRange('within', within);
     const last = address + size;
-    return Array.from(
-      this.#gfns.within(Math.floor(address / this.#pageSize), Math.ceil(last / this.#pageSize)),
-      (range) => {
-        const whole = this.#bytes(range.start, range.end);
-        const from = Math.max(address, whole.address);
-        return { address: from, size: Math.min(last, whole.address + whole.size) - from };
-      },
-    );
+    const [start, end] = [Math.floor(address / this.#pageSize), Math.ceil(last / this.#pageSize)];
+    if (!this.#gfns.overlaps(start, end)) return [];
+    return Array.from(this.#gfns.within(start, end), (range) => {
+      const whole = this.#bytes(range.start, range.end);
+      const from = Math.max(address, whole.address);
+      return { address: from, size: Math.min(last, whole.address + whole.size) - from };
+    });
   }
 
   get privateBytes(): number {

@@ -294,14 +294,19 @@ export class Memslot implements Disposable {
       (readonly ? KVM_MEM_READONLY : 0) |
       (logDirtyPages ? KVM_MEM_LOG_DIRTY_PAGES : 0) |
       (guestMemfd ? KVM_MEM_GUEST_MEMFD : 0);
-    const region = { slot: this.slot, flags, guestPhysAddr: address, memorySize, userspaceAddr: this.#userspaceAddr };
-    if (guestMemfd && memorySize > 0) {
-      const bound = { ...region, guestMemfd: guestMemfd.backing.fd, guestMemfdOffset };
-      this.#check(kernel.setUserMemoryRegion2(fd, bound), 'KVM_SET_USER_MEMORY_REGION2', { ...bound });
-    } else {
-      const plain = memorySize > 0 ? region : { ...region, flags: 0 };
-      this.#check(kernel.setUserMemoryRegion(fd, plain), 'KVM_SET_USER_MEMORY_REGION', { ...plain });
-    }
+    const bound = guestMemfd !== null && memorySize > 0;
+    // One literal for both calls: this is a hot path, and a spread costs as much as the rest of it.
+    const region = {
+      slot: this.slot,
+      flags: memorySize > 0 ? flags : 0,
+      guestPhysAddr: address,
+      memorySize,
+      userspaceAddr: this.#userspaceAddr,
+      guestMemfdOffset,
+      guestMemfd: bound ? guestMemfd.backing.fd : -1,
+    };
+    if (bound) this.#check(kernel.setUserMemoryRegion2(fd, region), 'KVM_SET_USER_MEMORY_REGION2', region);
+    else this.#check(kernel.setUserMemoryRegion(fd, region), 'KVM_SET_USER_MEMORY_REGION', region);
   }
 
   #check(result: Result, request: string, args: Readonly<Record<string, unknown>>): void {

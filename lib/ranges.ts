@@ -31,6 +31,9 @@ const LEAF_MAX = 254;
 /** A position is one number: the leaf's index times this, plus the index in the leaf. */
 const STRIDE = LEAF_MAX + 2;
 
+/** Ranges a new leaf has room for. */
+const FEW = 4;
+
 const NOTHING: readonly never[] = [];
 
 /** Consecutive ranges, in order. Indexes are not checked. */
@@ -38,8 +41,8 @@ class Leaf<V> {
   count = 0;
   /** Sum of the lengths, so that sums over many leaves need not look inside. */
   length = 0;
-  /** start, end, start, end, …: whoever reads the one reads the other, and this way it is one cache line. */
-  readonly bounds = new Float64Array(2 * STRIDE);
+  /** start, end, start, end, …: whoever reads the one reads the other, and this way it is one cache line. It grows: most maps stay small. */
+  bounds = new Float64Array(2 * FEW);
   readonly values: V[] = [];
 
   start(i: number): number {
@@ -80,6 +83,7 @@ class Leaf<V> {
 
   /** Replaces the ranges with index [from, to). */
   splice(from: number, to: number, pieces: readonly Range<V>[]): void {
+    this.#reserve(this.count + pieces.length - (to - from));
     this.length -= this.lengthOf(from, to);
     this.bounds.copyWithin(2 * (from + pieces.length), 2 * to, 2 * this.count);
     this.values.splice(from, to - from, ...pieces.map((piece) => piece.value));
@@ -94,10 +98,18 @@ class Leaf<V> {
 
   /** Appends the ranges of `other` from index `from` on. */
   append(other: Leaf<V>, from = 0): void {
+    this.#reserve(this.count + other.count - from);
     this.bounds.set(other.bounds.subarray(2 * from, 2 * other.count), 2 * this.count);
     this.values.push(...other.values.slice(from));
     this.length += other.lengthOf(from, other.count);
     this.count += other.count - from;
+  }
+
+  #reserve(count: number): void {
+    if (2 * count <= this.bounds.length) return;
+    const { bounds } = this;
+    this.bounds = new Float64Array(2 * (count <= 4 * FEW ? 4 * FEW : STRIDE));
+    this.bounds.set(bounds);
   }
 }
 
@@ -313,9 +325,11 @@ export class RangeMap<V> implements ReadonlyRangeMap<V> {
 
   /** Two neighbours that fit in half a leaf become one, so leaves stay a quarter full on average and none is empty. */
   #joinIfSparse(k: number): void {
-    const left = this.#leaves[k];
-    const right = this.#leaves[k + 1];
-    if (!left || !right || (left.count && right.count && left.count + right.count > LEAF_MAX / 2)) return;
+    // Asked first, because V8 looks up an index that is not in the array slowly.
+    if (k < 0 || k + 1 >= this.#leaves.length) return;
+    const left = this.#leaves[k] as Leaf<V>;
+    const right = this.#leaves[k + 1] as Leaf<V>;
+    if (left.count && right.count && left.count + right.count > LEAF_MAX / 2) return;
     left.append(right);
     this.#leaves.splice(k + 1, 1);
     this.#lastEnds.splice(k, 2, left.lastEnd);

@@ -6,6 +6,7 @@ import type { U64 } from './kernel.ts';
 
 const TWO_64 = 1n << 64n;
 const MIN_I64 = -(1n << 63n);
+const TWO_54 = 1n << 54n;
 const MAX_SAFE = BigInt(Number.MAX_SAFE_INTEGER);
 
 class InvalidArgument extends TypeError {
@@ -75,7 +76,11 @@ export function wraps(a: U64, b: U64): boolean {
 
 /** Whether a + b, each unsigned, is greater than `limit`. */
 export function sumExceeds(a: U64, b: U64, limit: U64): boolean {
-  if (typeof a === 'number' && typeof b === 'number' && typeof limit === 'number') return a > limit - b;
+  if (typeof a === 'number' && typeof b === 'number') {
+    if (typeof limit === 'number') return a > limit - b;
+    // Two safe integers stay below 2^54.
+    if (limit >= TWO_54) return false;
+  }
   return big(a) + big(b) > big(limit);
 }
 

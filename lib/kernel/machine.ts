@@ -1,5 +1,4 @@
-import type { Arch, ModelOptions } from '../model_options.ts';
-import { kernelVersions } from '../model_options.ts';
+import { type Arch, type KernelVersion, kernelVersions, type ModelOptions } from '../model_options.ts';
 import { GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CAP } from '../uapi.ts';
 import { boolean, rangeError, shown } from '../validate.ts';
 
@@ -55,8 +54,8 @@ export class Machine {
     return new Machine({ arch, release: kernel, pageSize, swProtected, tdp, pkvm });
   }
 
-  since(version: string): boolean {
-    return this.#version >= versionNumber(version);
+  since(version: KernelVersion): boolean {
+    return this.#version >= versions[version];
   }
 
   get isArm(): boolean {
@@ -98,6 +97,11 @@ function versionNumber(release: string): number {
   const [major = 0, minor = 0] = release.split('.', 2).map((part) => Number.parseInt(part, 10));
   return major * 1000 + minor;
 }
+
+const versions = Object.fromEntries(kernelVersions.map((version) => [version, versionNumber(version)])) as Record<
+  KernelVersion,
+  number
+>;
 
 /** What a capability depends on besides the machine: undefined for /dev/kvm. */
 export interface VmKind {

@@ -150,11 +150,11 @@ export class LinuxKernel implements Kernel {
   }
 
   setUserMemoryRegion(vm: number, region: UserMemoryRegion): Result {
-    return this.#setRegion(vm, { ...region, guestMemfdOffset: 0, guestMemfd: -1 }, true);
+    return this.#setRegion(vm, region, 0, -1, true);
   }
 
   setUserMemoryRegion2(vm: number, region: UserMemoryRegion2): Result {
-    return this.#setRegion(vm, region, false);
+    return this.#setRegion(vm, region, region.guestMemfdOffset, region.guestMemfd, false);
   }
 
   setMemoryAttributes(vm: number, args: MemoryAttributesArgs): Result {
@@ -503,9 +503,9 @@ export class LinuxKernel implements Kernel {
     return fd < 0 ? this.#answer(fd) : this.#files.put(fd, file());
   }
 
-  #setRegion(vm: number, region: UserMemoryRegion2, v1: boolean): Result {
+  #setRegion(vm: number, region: UserMemoryRegion, guestMemfdOffset: U64, guestMemfd: number, v1: boolean): Result {
     const slot = u32('slot', region.slot);
-    const fd = i32('guestMemfd', region.guestMemfd);
+    const fd = i32('guestMemfd', guestMemfd);
     const request: RegionRequest = {
       v1,
       addressSpace: slot >>> 16,
@@ -514,7 +514,7 @@ export class LinuxKernel implements Kernel {
       guestPhysAddr: u64('guestPhysAddr', region.guestPhysAddr),
       memorySize: u64('memorySize', region.memorySize),
       userspaceAddr: u64('userspaceAddr', region.userspaceAddr),
-      guestMemfdOffset: u64('guestMemfdOffset', region.guestMemfdOffset),
+      guestMemfdOffset: u64('guestMemfdOffset', guestMemfdOffset),
       guestMemfd: fd,
       file: this.#files.get(fd),
     };

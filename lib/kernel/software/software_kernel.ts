@@ -135,11 +135,11 @@ export class SoftwareKernel extends MappingCalls implements Kernel {
   }
 
   setUserMemoryRegion(vm: number, region: UserMemoryRegion): Result {
-    return this.#setRegion(vm, { ...region, guestMemfdOffset: 0, guestMemfd: -1 }, true);
+    return this.#setRegion(vm, region, 0, -1, true);
   }
 
   setUserMemoryRegion2(vm: number, region: UserMemoryRegion2): Result {
-    return this.#setRegion(vm, region, false);
+    return this.#setRegion(vm, region, region.guestMemfdOffset, region.guestMemfd, false);
   }
 
   setMemoryAttributes(vm: number, args: MemoryAttributesArgs): Result {
@@ -221,9 +221,9 @@ export class SoftwareKernel extends MappingCalls implements Kernel {
     return 0;
   }
 
-  #setRegion(vm: number, region: UserMemoryRegion2, v1: boolean): Result {
+  #setRegion(vm: number, region: UserMemoryRegion, guestMemfdOffset: U64, guestMemfd: number, v1: boolean): Result {
     const slot = u32('slot', region.slot);
-    const fd = i32('guestMemfd', region.guestMemfd);
+    const fd = i32('guestMemfd', guestMemfd);
     const request: RegionRequest = {
       v1,
       addressSpace: slot >>> 16,
@@ -232,7 +232,7 @@ export class SoftwareKernel extends MappingCalls implements Kernel {
       guestPhysAddr: u64('guestPhysAddr', region.guestPhysAddr),
       memorySize: u64('memorySize', region.memorySize),
       userspaceAddr: u64('userspaceAddr', region.userspaceAddr),
-      guestMemfdOffset: u64('guestMemfdOffset', region.guestMemfdOffset),
+      guestMemfdOffset: u64('guestMemfdOffset', guestMemfdOffset),
       guestMemfd: fd,
       file: this.file(fd),
     };

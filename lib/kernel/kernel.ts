@@ -112,6 +112,32 @@ export interface Kernel {
     args: { slot: number; numPages: number; firstPage: U64; dirtyBitmap: Uint8Array | null },
   ): Result;
 
+  createVcpu(vm: number, id: number): Result;
+  /** KVM_CREATE_IRQCHIP (x86). */
+  createIrqchip(vm: number): Result;
+  /** KVM_IRQ_LINE: `irq` and `level` of struct kvm_irq_level. */
+  irqLine(vm: number, irq: number, level: number): Result;
+
+  // ── vCPU fds
+  /**
+   * KVM_RUN on this thread. 0 when the guest exits; `-EINTR` when kicked, or when `deadline` milliseconds have passed, never earlier. The
+   * deadline is required: on some hosts some guest instructions never leave KVM_RUN by themselves. One run of a vCPU at a time: EBUSY.
+   */
+  run(vcpu: number, deadline: number): Result;
+  /** The same on a thread that the kernel keeps for this vCPU. */
+  runAsync(vcpu: number, deadline: number): Promise<Result>;
+  /** Makes a run of the vCPU, on whatever thread, the one in progress or else the next one, end with `-EINTR`. */
+  kick(vcpu: number): Result;
+  /** KVM_PRE_FAULT_MEMORY; gpa and size are updated as the kernel updates them. */
+  preFaultMemory(vcpu: number, args: { gpa: bigint; size: bigint; flags: U64 }): Result;
+  /** The kvm_run page and what is mapped behind it, live; detached by close of the vCPU fd. */
+  runPage(vcpu: number): Uint8Array;
+  /**
+   * An ioctl that reads or writes one struct of plain data: KVM_GET_REGS, KVM_SET_SREGS, KVM_SET_CPUID2, KVM_SET_ONE_REG … `data` is the
+   * struct, as long as the request number says (longer for the ones that end in an array). A request whose struct holds pointers is EFAULT.
+   */
+  ioctlStruct(fd: number, request: number, data: Uint8Array): Result;
+
   // ── files
   open(path: string, flags: number, mode?: number): Result;
   fallocate(fd: number, mode: number, offset: U64, length: U64): Result;

@@ -1,5 +1,6 @@
 export type { VmCapabilities } from './capabilities.ts';
 export type { ConversionReport, ConvertOptions } from './conversion.ts';
+export { ConversionPolicy, type ConversionPolicyOptions, type Verdict } from './conversion_policy.ts';
 export { KvmError } from './errors.ts';
 export type { Exit } from './exit.ts';
 export { GuestMemfd } from './guest_memfd.ts';

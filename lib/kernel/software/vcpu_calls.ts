@@ -1,6 +1,6 @@
 import { ERRNO } from '../../uapi.ts';
 import { bytes, i32, isAligned, isZero, toPages, u32, u64, wraps } from '../arguments.ts';
-import type { Result, U64 } from '../kernel.ts';
+import type { DeviceAttr, Result, U64 } from '../kernel.ts';
 import type { VmFile } from '../state.ts';
 import type { ExecutorFactory } from './executor.ts';
 import { SoftwareBus } from './guest_bus.ts';
@@ -9,6 +9,9 @@ import { SoftwareVcpu } from './vcpu.ts';
 import { resetStructs, variableSize, vcpuStructs } from './vcpu_state.ts';
 
 const MAX_VCPU_ID = 4096;
+const KVM_ARM_VCPU_INIT = 0x4020aeae;
+const KVM_ARM_PREFERRED_TARGET = 0x8020aeaf;
+const KVM_ARM_TARGET_GENERIC_V8 = 5;
 
 /** The system calls on vCPUs. */
 export abstract class VcpuCalls extends MappingCalls {
@@ -128,12 +131,57 @@ export abstract class VcpuCalls extends MappingCalls {
     return cpu.page;
   }
 
+  getOneReg(vcpu: number, id: U64, value: Uint8Array): Result {
+    return this.#oneReg(vcpu, id, value, (cpu, register, target) =>
+      target.set(cpu.registers.get(register) ?? new Uint8Array(target.length)),
+    );
+  }
+
+  setOneReg(vcpu: number, id: U64, value: Uint8Array): Result {
+    return this.#oneReg(vcpu, id, value, (cpu, register, source) => {
+      cpu.registers.set(register, source.slice());
+      cpu.executor = null;
+    });
+  }
+
+  createDevice(vm: number, type: number, flags: number): Result {
+    u32('type', type);
+    u32('flags', flags);
+    const owner = this.vm(vm);
+    return typeof owner === 'number' ? owner : this.refuse('ENODEV', 'the software kernel has no devices');
+  }
+
+  getDeviceAttr(fd: number, attr: DeviceAttr, value: Uint8Array): Result {
+    bytes('value', value);
+    return this.hasDeviceAttr(fd, attr);
+  }
+
+  setDeviceAttr(fd: number, attr: DeviceAttr, value: Uint8Array): Result {
+    bytes('value', value);
+    return this.hasDeviceAttr(fd, attr);
+  }
+
+  hasDeviceAttr(fd: number, attr: DeviceAttr): Result {
+    const { flags, group, attr: number } = attr;
+    u32('flags', flags);
+    u32('group', group);
+    u64('attr', number);
+    return this.file(i32('fd', fd))
+      ? this.refuse('ENXIO', 'the software kernel has no device attributes')
+      : this.badFd(fd);
+  }
+
   ioctlStruct(fd: number, request: number, data: Uint8Array): Result {
     const [number, struct] = [u32('request', request), bytes('data', data)];
     const size = (number >>> 16) & 0x3fff;
+    if (number === KVM_ARM_PREFERRED_TARGET) return this.#preferredTarget(fd, struct);
     const cpu = this.#vcpu(fd);
     if (typeof cpu === 'number') return cpu;
     if (struct.length < size) return this.refuse('EFAULT', `the struct has ${size} bytes, the buffer ${struct.length}`);
+    if (number === KVM_ARM_VCPU_INIT && this.machine.isArm) {
+      cpu.initialised = true;
+      return 0;
+    }
     const kind = vcpuStructs(this.machine.isArm).get(number);
     if (!kind) return this.refuse('EINVAL', `the software kernel has no vCPU request 0x${number.toString(16)}`);
     const handled = variableSize(cpu, number, struct);
@@ -145,6 +193,35 @@ export abstract class VcpuCalls extends MappingCalls {
       // New registers may point at other code.
       cpu.executor = null;
     }
+    return 0;
+  }
+
+  /** struct kvm_vcpu_init: the generic ARMv8 target, and no features. */
+  #preferredTarget(vm: number, struct: Uint8Array): Result {
+    const owner = this.vm(vm);
+    if (typeof owner === 'number') return owner;
+    if (!this.machine.isArm) return this.refuse('ENOTTY', 'x86 vCPUs have no target');
+    if (struct.length < 32) return this.refuse('EFAULT', 'struct kvm_vcpu_init has 32 bytes');
+    struct.fill(0, 0, 32);
+    struct[0] = KVM_ARM_TARGET_GENERIC_V8;
+    return 0;
+  }
+
+  #oneReg(
+    vcpu: number,
+    id: U64,
+    value: Uint8Array,
+    move: (cpu: SoftwareVcpu, id: bigint, value: Uint8Array) => void,
+  ): Result {
+    const [register, plain] = [BigInt(u64('id', id)), bytes('value', value)];
+    const cpu = this.#vcpu(vcpu);
+    if (typeof cpu === 'number') return cpu;
+    if (!this.machine.isArm) return this.refuse('EINVAL', 'x86 registers are read with KVM_GET_REGS and KVM_GET_SREGS');
+    if (!cpu.initialised) return this.refuse('ENOEXEC', 'the vCPU needs KVM_ARM_VCPU_INIT first');
+    const size = 1 << Number((register >> 52n) & 15n);
+    if (size > 2048 || plain.length < size)
+      return this.refuse('EFAULT', `the register has ${size} bytes, the buffer ${plain.length}`);
+    move(cpu, register, plain.subarray(0, size));
     return 0;
   }
 

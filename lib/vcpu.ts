@@ -28,6 +28,8 @@ export class Vcpu extends Resource {
   readonly #fd: number;
   readonly #decoder: ExitDecoder;
   readonly #registers: RegisterFile;
+  /** When the run in progress began, in an array because a number of its own would be allocated for each run. */
+  readonly #start = new Float64Array(1);
   /** The last memory fault, to notice one that repeats. */
   #fault: { readonly key: string; count: number } | null = null;
 
@@ -54,8 +56,8 @@ export class Vcpu extends Resource {
   run(given?: RunOptions): Exit {
     const timeout = this.#timeout(given);
     this.assertOpen();
-    const start = performance.now();
-    return this.#exit(this.#kernel.run(this.#fd, timeout), start, timeout);
+    this.#start[0] = performance.now();
+    return this.#exit(this.#kernel.run(this.#fd, timeout), timeout);
   }
 
   /**
@@ -69,14 +71,14 @@ export class Vcpu extends Resource {
     const timeout = this.#timeout(given);
     signal?.throwIfAborted();
     this.assertOpen();
-    const start = performance.now();
+    this.#start[0] = performance.now();
     const kick = (): void => void this.#kernel.kick(this.#fd);
     signal?.addEventListener('abort', kick, { once: true });
     try {
       const result = await this.#kernel.runAsync(this.#fd, timeout);
       signal?.throwIfAborted();
       this.assertOpen();
-      return this.#exit(result, start, timeout);
+      return this.#exit(result, timeout);
     } finally {
       signal?.removeEventListener('abort', kick);
     }
@@ -135,12 +137,13 @@ export class Vcpu extends Resource {
     return timeout;
   }
 
-  #exit(result: Result, start: number, timeout: number): Exit {
+  #exit(result: Result, timeout: number): Exit {
     if (result >= 0) {
       this.#fault = null;
       return this.#decoder.decode();
     }
-    if (result === -ERRNO.EINTR) return { reason: performance.now() - start >= timeout ? 'timeout' : 'interrupted' };
+    if (result === -ERRNO.EINTR)
+      return { reason: performance.now() - (this.#start[0] as number) >= timeout ? 'timeout' : 'interrupted' };
     // Only an errno of a fault makes the reason in kvm_run believable: it may be left over. Contract §13.1.
     const faults: readonly number[] = [-ERRNO.EFAULT, -ERRNO.EHWPOISON, -ERRNO.ENOMEM];
     if (faults.includes(result) && this.#decoder.reason === KVM_EXIT.MEMORY_FAULT) return this.#memoryFault(result);

@@ -1,6 +1,8 @@
 export type { VmCapabilities } from './capabilities.ts';
 export type { ConversionReport, ConvertOptions } from './conversion.ts';
+export { ConversionPolicy, type ConversionPolicyOptions, type Verdict } from './conversion_policy.ts';
 export { KvmError } from './errors.ts';
+export type { Exit } from './exit.ts';
 export { GuestMemfd } from './guest_memfd.ts';
 export { GuestMemory } from './guest_memory.ts';
 export type { FileRange, GuestRange, Visibility } from './guest_range.ts';
@@ -10,5 +12,6 @@ export { MemoryAttributes } from './memory_attributes.ts';
 export { Memslot, type MemslotOptions } from './memslot.ts';
 export type { Arch, KernelVersion, ModelOptions } from './model_options.ts';
 export { GiB, KiB, MiB, TiB } from './uapi.ts';
+export { type RunOptions, Vcpu } from './vcpu.ts';
 export { type GuestMemfdOptions, Vm, type VmDescription } from './vm.ts';
 export type { VmType } from './vm_type.ts';

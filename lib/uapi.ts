@@ -16,6 +16,13 @@ export const KVM_ENABLE_CAP = 0x4068aea3;
 export const KVM_CLEAR_DIRTY_LOG = 0xc018aec0;
 export const KVM_SET_MEMORY_ATTRIBUTES = 0x4020aed2;
 export const KVM_CREATE_GUEST_MEMFD = 0xc040aed4;
+export const KVM_CREATE_IRQCHIP = 0xae60;
+export const KVM_IRQ_LINE = 0x4008ae61;
+export const KVM_IRQFD = 0x4020ae76;
+export const KVM_IOEVENTFD = 0x4040ae79;
+export const KVM_RUN = 0xae80;
+
+export const KVM_IRQFD_FLAG_RESAMPLE = 2;
 
 // ── memslots, guest_memfd, attributes
 export const KVM_MEM_LOG_DIRTY_PAGES = 1;
@@ -68,6 +75,8 @@ export const O_WRONLY = 1;
 export const O_RDWR = 2;
 export const O_CREAT = 0o100;
 export const O_CLOEXEC = 0o2000000;
+export const O_NONBLOCK = 0o4000;
+export const EFD_SEMAPHORE = 1;
 export const O_PATH = 0o10000000;
 export const FIONCLEX = 0x5450;
 export const FIOCLEX = 0x5451;
@@ -98,6 +107,8 @@ export const FALLOC_FL_WRITE_ZEROES = 0x80;
 export const POLLIN = 1;
 export const POLLOUT = 4;
 export const EPOLL_CTL_ADD = 1;
+export const EFD_CLOEXEC = 0o2000000;
+export const EFD_NONBLOCK = 0o4000;
 
 // ── mappings
 export const PROT_NONE = 0;
@@ -155,6 +166,7 @@ export const ERRNO = {
   EIO: 5,
   ENXIO: 6,
   E2BIG: 7,
+  ENOEXEC: 8,
   EBADF: 9,
   EAGAIN: 11,
   ENOMEM: 12,

@@ -15,6 +15,7 @@ import { ReadOnlyMap } from './read_only_map.ts';
 import { closing, guardConstructor, internal, Resource } from './resource.ts';
 import { GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_MEMORY_ATTRIBUTE_PRIVATE } from './uapi.ts';
 import { boolean, guestRange, integer, options, rangeError, typeError } from './validate.ts';
+import { Vcpu } from './vcpu.ts';
 import type { VmType } from './vm_type.ts';
 
 export interface GuestMemfdOptions {
@@ -62,6 +63,7 @@ export class Vm extends Resource {
   readonly #converting = new Set<Conversion>();
   #lastConversion: Promise<unknown> = Promise.resolve();
   #capabilities: VmCapabilities | null = null;
+  #nextVcpu = 0;
 
   /** @internal */
   constructor(token: typeof internal, kvm: Kvm, kernel: Kernel, fd: number, type: VmType) {
@@ -143,6 +145,21 @@ export class Vm extends Resource {
    */
   createMemslot(given: MemslotOptions): Memslot {
     return Memslot.create(internal, this.#owner, given);
+  }
+
+  /**
+   * Adds a virtual CPU.
+   *
+   * @param id The lowest free number when omitted.
+   * @throws KvmError `EEXIST` the id is taken · `EINVAL` it is too large · `ERR_CLOSED`
+   * @see KVM_CREATE_VCPU
+   */
+  createVcpu(id?: number): Vcpu {
+    const number = id === undefined ? this.#nextVcpu : integer('id', id, 0, 0x7fffffff);
+    this.assertOpen();
+    const fd = this.#check(this.#kernel.createVcpu(this.#fd, number), 'KVM_CREATE_VCPU', { id: number });
+    this.#nextVcpu = Math.max(this.#nextVcpu, number + 1);
+    return new Vcpu(internal, this, this.#kernel, fd, number);
   }
 
   /**

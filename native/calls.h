@@ -6,6 +6,8 @@
 
 extern const Functions kSystem;      // system.cc: /dev/kvm
 extern const Functions kVm;          // vm.cc
+extern const Functions kVcpu;        // vcpu.cc
+extern const Functions kStruct;      // struct.cc
 extern const Functions kGuestMemfd;  // guest_memfd.cc
 extern const Functions kFile;        // file.cc
 extern const Functions kMapping;     // mapping.cc

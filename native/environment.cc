@@ -4,7 +4,13 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "interrupt.h"
+#include "syscall.h"
+#include "vcpu_run.h"
+
 namespace {
+
+size_t PageSize() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
 
 // Runs once the backing store of a window is gone, on the thread of its environment.
 void FinalizeWindow(napi_env env, void*, void* hint) {
@@ -63,6 +69,7 @@ void Environment::CleanUp(void* self) {
   Environment& environment = *static_cast<Environment*>(self);
   napi_handle_scope scope = nullptr;
   napi_open_handle_scope(environment.env_, &scope);
+  for (size_t fd = 0; fd < environment.vcpus_.size(); fd++) environment.RemoveVcpu(static_cast<int>(fd));
   for (size_t handle = 0; handle < environment.mappings_.size(); handle++) environment.RemoveMapping(handle);
   napi_close_handle_scope(environment.env_, scope);
   for (size_t fd = 0; fd < environment.fds_.size(); fd++) {
@@ -70,6 +77,8 @@ void Environment::CleanUp(void* self) {
   }
   environment.fds_.clear();
   environment.DropPipe();
+  if (environment.scratch_ != nullptr) munmap(environment.scratch_, kScratch + PageSize());
+  environment.scratch_ = nullptr;
 }
 
 int64_t Environment::Own(int64_t fd) {
@@ -112,11 +121,77 @@ int64_t Environment::RemoveMapping(uint64_t handle) {
   if (mapping == nullptr) return -ENOMEM;
   mappings_[static_cast<size_t>(handle)] = nullptr;
   free_handles_.push_back(static_cast<uint32_t>(handle));
+  CloseMapping(mapping);
+  return 0;
+}
+
+void Environment::CloseMapping(Mapping* mapping) {
   // From the end, because a finalizer that runs at once puts the last window in its own place.
   for (size_t index = mapping->windows.size(); index-- > 0;) Detach(mapping->windows[index]);
   mapping->open = false;
   Settle(mapping);
-  return 0;
+}
+
+void Environment::AddVcpu(Vcpu* vcpu) {
+  const size_t index = static_cast<size_t>(vcpu->fd());
+  if (index >= vcpus_.size()) vcpus_.resize(index + 1);
+  vcpus_[index] = vcpu;
+}
+
+void Environment::RemoveVcpu(int fd) {
+  Vcpu* vcpu = FindVcpu(fd);
+  if (vcpu == nullptr) return;
+  vcpus_[static_cast<size_t>(fd)] = nullptr;
+  Mapping* page = vcpu->page();
+  delete vcpu;
+  CloseMapping(page);
+}
+
+pid_t Environment::RunnerThread() {
+  if (thread_ == 0) thread_ = static_cast<pid_t>(Syscall(SYS_gettid));
+  const int signal = InterruptSignal();
+  if (interruptible_ != signal) AllowInterrupt(interruptible_ = signal);
+  return thread_;
+}
+
+int64_t Environment::StartRun(Vcpu* vcpu, AsyncRun* run) {
+  if (ended_runs_ == nullptr) {
+    napi_value name = nullptr;
+    napi_create_string_utf8(env_, "guest-memfd", NAPI_AUTO_LENGTH, &name);
+    if (napi_create_threadsafe_function(env_, nullptr, nullptr, name, 0, 1, nullptr, nullptr, this, EndRun,
+                                        &ended_runs_) != napi_ok) {
+      return -EAGAIN;
+    }
+    napi_unref_threadsafe_function(env_, ended_runs_);
+    // No thread may call it after its own hook.
+    MoveCleanUpFirst();
+  }
+  const int64_t result = vcpu->Start(run, ended_runs_);
+  if (result == 0 && expected_runs_++ == 0) napi_ref_threadsafe_function(env_, ended_runs_);
+  return result;
+}
+
+// Without an env when the environment has ended: then the promise has no reader left.
+void Environment::EndRun(napi_env env, napi_value, void* self, void* run) {
+  AsyncRun* ended = static_cast<AsyncRun*>(run);
+  if (env != nullptr) {
+    Environment& environment = *static_cast<Environment*>(self);
+    napi_value value = nullptr;
+    if (napi_create_int64(env, ended->result, &value) == napi_ok) napi_resolve_deferred(env, ended->deferred, value);
+    if (--environment.expected_runs_ == 0) napi_unref_threadsafe_function(env, environment.ended_runs_);
+  }
+  delete ended;
+}
+
+uint8_t* Environment::Scratch(size_t size) {
+  if (scratch_ == nullptr) {
+    void* memory = mmap(nullptr, kScratch + PageSize(), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) return nullptr;
+    scratch_ = static_cast<uint8_t*>(memory);
+    mprotect(scratch_ + kScratch, PageSize(), PROT_NONE);
+  }
+  return scratch_ + kScratch - size;
 }
 
 int64_t Environment::CreateWindow(Mapping* mapping, uint8_t* data, size_t size, napi_value* result) {
@@ -139,10 +214,14 @@ int64_t Environment::CreateWindow(Mapping* mapping, uint8_t* data, size_t size, 
   napi_create_reference(env_, *result, 0, &window->buffer);
 
   // Node detaches every external buffer when the environment ends. Our hook has to come before, to see which of them
-  // had been moved away by then; hooks run last in, first out.
+  // had been moved away by then.
+  MoveCleanUpFirst();
+  return 0;
+}
+
+void Environment::MoveCleanUpFirst() {
   napi_remove_env_cleanup_hook(env_, CleanUp, this);
   napi_add_env_cleanup_hook(env_, CleanUp, this);
-  return 0;
 }
 
 int64_t Environment::DetachWindow(napi_value buffer) {

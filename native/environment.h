@@ -4,6 +4,7 @@
 #pragma once
 
 #include <node_api.h>
+#include <sys/types.h>
 
 #include <cerrno>
 #include <cstddef>
@@ -22,6 +23,8 @@ struct Bytes {
 struct OptionalBytes : Bytes {};
 
 struct Mapping;
+class Vcpu;
+struct AsyncRun;
 
 // An ArrayBuffer over a part of a mapping, from its creation to the finalizer of its backing store.
 struct Window {
@@ -71,6 +74,24 @@ class Environment {
   // The address of a range of a mapping; null if the range leaves the mapping, or if there is no such mapping.
   uint8_t* Range(uint64_t handle, uint64_t offset, uint64_t length) const;
   int64_t RemoveMapping(uint64_t handle);
+  // Detaches the windows of a mapping and lets go of it.
+  void CloseMapping(Mapping* mapping);
+
+  void AddVcpu(Vcpu* vcpu);
+  // Null for an fd that is not a vCPU created here.
+  Vcpu* FindVcpu(int fd) const {
+    return static_cast<size_t>(fd) < vcpus_.size() ? vcpus_[static_cast<size_t>(fd)] : nullptr;
+  }
+  // Ends its runs and forgets it, if the fd is a vCPU's.
+  void RemoveVcpu(int fd);
+  // This thread's number; its runs can be interrupted from now on.
+  pid_t RunnerThread();
+  // Starts a run on the vCPU's own thread, and keeps the event loop alive until its promise is resolved; 0 or -errno.
+  int64_t StartRun(Vcpu* vcpu, AsyncRun* run);
+
+  // `size` bytes just before a page that nobody may touch; null if they cannot be had. The same memory at each call.
+  uint8_t* Scratch(size_t size);
+  static constexpr size_t kScratch = size_t{1} << 20;
 
   // Bytes of a mapping as an ArrayBuffer, detached with the mapping; 0 or -errno.
   int64_t CreateWindow(Mapping* mapping, uint8_t* data, size_t size, napi_value* result);
@@ -84,7 +105,10 @@ class Environment {
 
  private:
   static void CleanUp(void* self);
+  static void EndRun(napi_env env, napi_value, void* self, void* run);
   void Detach(Window* window);
+  // Runs our hook before all that were added so far; hooks run last in, first out.
+  void MoveCleanUpFirst();
 
   napi_env env_;
   Command command_;
@@ -92,5 +116,11 @@ class Environment {
   std::vector<bool> fds_;
   std::vector<Mapping*> mappings_;
   std::vector<uint32_t> free_handles_;
+  std::vector<Vcpu*> vcpus_;  // by fd
+  pid_t thread_ = 0;
+  int interruptible_ = 0;  // the signal that this thread lets through
+  napi_threadsafe_function ended_runs_ = nullptr;
+  size_t expected_runs_ = 0;
+  uint8_t* scratch_ = nullptr;
   int pipe_[2] = {-1, -1};
 };

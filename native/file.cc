@@ -135,10 +135,19 @@ int64_t Adopt(Environment& environment) {
   return result < 0 ? result : environment.Own(fd);
 }
 
-// close(2) of an fd this environment opened; of any other: EBADF. command: [fd]
+// eventfd2(2). command: [initval, flags]
+int64_t Eventfd(Environment& environment) {
+  const Command& command = environment.command();
+  return environment.Own(Syscall(SYS_eventfd2, command.u32(0), command.i32(1)));
+}
+
+// close(2) of an fd this environment opened; of any other: EBADF. A run of a vCPU ends before its fd does. command:
+// [fd]
 int64_t Close(Environment& environment) {
   const int fd = environment.command().i32(0);
-  return environment.Disown(fd) ? Syscall(SYS_close, fd) : -EBADF;
+  if (!environment.Disown(fd)) return -EBADF;
+  environment.RemoveVcpu(fd);
+  return Syscall(SYS_close, fd);
 }
 
 constexpr Function kTable[] = {
@@ -159,6 +168,7 @@ constexpr Function kTable[] = {
     {"poll", Invoke<Poll>},
     {"epollCreate1", Invoke<EpollCreate1>},
     {"epollCtl", Invoke<EpollCtl>},
+    {"eventfd", Invoke<Eventfd>},
     {"dup", Invoke<Dup>},
     {"adopt", Invoke<Adopt>},
     {"close", Invoke<Close>},

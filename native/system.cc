@@ -6,11 +6,17 @@
 #include "calls.h"
 #include "syscall.h"
 #include "uapi.h"
+#include "vcpu_run.h"
 
 namespace {
 
-// ioctl(2). command: [fd, request, argument]
-int64_t Ioctl(const Command& command) { return Syscall(SYS_ioctl, command.i32(0), command.u32(1), command.u64(2)); }
+// ioctl(2). command: [fd, request, argument]. EBUSY for a vCPU that runs: the kernel would wait for it.
+int64_t Ioctl(Environment& environment) {
+  const Command& command = environment.command();
+  const Vcpu* vcpu = environment.FindVcpu(command.i32(0));
+  if (vcpu != nullptr && vcpu->busy()) return -EBUSY;
+  return Syscall(SYS_ioctl, command.i32(0), command.u32(1), command.u64(2));
+}
 
 // open(2). command: [flags, mode]
 int64_t Open(Environment& environment, const char* path) {

@@ -15,6 +15,7 @@ template <typename Argument>
 constexpr uint32_t Request(uint32_t direction, uint32_t type, uint32_t number) {
   return direction << 30 | static_cast<uint32_t>(sizeof(Argument)) << 16 | type << 8 | number;
 }
+constexpr size_t ArgumentSize(uint32_t request) { return request >> 16 & ((1u << 14) - 1); }
 constexpr uint32_t kKvm = 0xae;
 constexpr uint32_t kUserfaultfd = 0xaa;
 
@@ -99,7 +100,46 @@ static_assert(sizeof(EnableCap) == 104);
 static_assert(offsetof(EnableCap, cap) == 0 && offsetof(EnableCap, flags) == 4);
 static_assert(offsetof(EnableCap, args) == 8 && offsetof(EnableCap, pad) == 40);
 
+struct PreFaultMemory {
+  uint64_t gpa;
+  uint64_t size;
+  uint64_t flags;
+  uint64_t padding[5];
+};
+static_assert(sizeof(PreFaultMemory) == 64);
+static_assert(offsetof(PreFaultMemory, size) == 8 && offsetof(PreFaultMemory, flags) == 16);
+
+struct OneReg {
+  uint64_t id;
+  uint64_t addr;
+};
+static_assert(sizeof(OneReg) == 16 && offsetof(OneReg, addr) == 8);
+
+struct CreateDevice {
+  uint32_t type;
+  uint32_t fd;
+  uint32_t flags;
+};
+static_assert(sizeof(CreateDevice) == 12);
+static_assert(offsetof(CreateDevice, fd) == 4 && offsetof(CreateDevice, flags) == 8);
+
+struct DeviceAttr {
+  uint32_t flags;
+  uint32_t group;
+  uint64_t attr;
+  uint64_t addr;
+};
+static_assert(sizeof(DeviceAttr) == 24);
+static_assert(offsetof(DeviceAttr, group) == 4 && offsetof(DeviceAttr, attr) == 8 && offsetof(DeviceAttr, addr) == 16);
+
+// Bits of a register's id: log2 of its size in bytes.
+constexpr uint32_t kRegisterSizeShift = 52;
+constexpr uint32_t kRegisterSizeMask = 15;
+
 constexpr uint32_t kCreateVm = kKvm << 8 | 0x01;
+constexpr uint32_t kGetVcpuMmapSize = kKvm << 8 | 0x04;
+constexpr uint32_t kCreateVcpu = kKvm << 8 | 0x41;
+constexpr uint32_t kRun = kKvm << 8 | 0x80;
 constexpr uint32_t kSetUserMemoryRegion = Request<UserspaceMemoryRegion>(kWrite, kKvm, 0x46);
 constexpr uint32_t kSetUserMemoryRegion2 = Request<UserspaceMemoryRegion2>(kWrite, kKvm, 0x49);
 constexpr uint32_t kGetDirtyLog = Request<DirtyLog>(kWrite, kKvm, 0x42);
@@ -107,7 +147,19 @@ constexpr uint32_t kClearDirtyLog = Request<ClearDirtyLog>(kWrite | kRead, kKvm,
 constexpr uint32_t kEnableCap = Request<EnableCap>(kWrite, kKvm, 0xa3);
 constexpr uint32_t kSetMemoryAttributes = Request<MemoryAttributes>(kWrite, kKvm, 0xd2);
 constexpr uint32_t kCreateGuestMemfd = Request<CreateGuestMemfd>(kWrite | kRead, kKvm, 0xd4);
+constexpr uint32_t kPreFaultMemory = Request<PreFaultMemory>(kWrite | kRead, kKvm, 0xd5);
+constexpr uint32_t kGetOneReg = Request<OneReg>(kWrite, kKvm, 0xab);
+constexpr uint32_t kSetOneReg = Request<OneReg>(kWrite, kKvm, 0xac);
+constexpr uint32_t kCreateDevice = Request<CreateDevice>(kWrite | kRead, kKvm, 0xe0);
+constexpr uint32_t kSetDeviceAttr = Request<DeviceAttr>(kWrite, kKvm, 0xe1);
+constexpr uint32_t kGetDeviceAttr = Request<DeviceAttr>(kWrite, kKvm, 0xe2);
+constexpr uint32_t kHasDeviceAttr = Request<DeviceAttr>(kWrite, kKvm, 0xe3);
 static_assert(kCreateVm == 0xae01);
+static_assert(kGetVcpuMmapSize == 0xae04 && kCreateVcpu == 0xae41 && kRun == 0xae80);
+static_assert(kPreFaultMemory == 0xc040aed5);
+static_assert(kGetOneReg == 0x4010aeab && kSetOneReg == 0x4010aeac);
+static_assert(kCreateDevice == 0xc00caee0);
+static_assert(kSetDeviceAttr == 0x4018aee1 && kGetDeviceAttr == 0x4018aee2 && kHasDeviceAttr == 0x4018aee3);
 static_assert(kSetUserMemoryRegion == 0x4020ae46);
 static_assert(kSetUserMemoryRegion2 == 0x40a0ae49);
 static_assert(kGetDirtyLog == 0x4010ae42);

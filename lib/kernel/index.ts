@@ -3,6 +3,7 @@ export type { ReadonlyRangeMap } from '../ranges.ts';
 export * as uapi from '../uapi.ts';
 export type {
   CacheStatus,
+  DeviceAttr,
   FileStatus,
   Kernel,
   MemoryAttributesArgs,

@@ -51,6 +51,13 @@ export interface CacheStatus {
   recentlyEvicted?: number;
 }
 
+/** struct kvm_device_attr, without the address of the value. */
+export interface DeviceAttr {
+  flags: number;
+  group: number;
+  attr: U64;
+}
+
 /**
  * The boundary: one method per system call, the same for the running Linux kernel and for the software kernel.
  *
@@ -111,6 +118,57 @@ export interface Kernel {
     vm: number,
     args: { slot: number; numPages: number; firstPage: U64; dirtyBitmap: Uint8Array | null },
   ): Result;
+
+  createVcpu(vm: number, id: number): Result;
+  /** KVM_CREATE_IRQCHIP (x86). */
+  createIrqchip(vm: number): Result;
+  /** KVM_IRQ_LINE: `irq` and `level` of struct kvm_irq_level. */
+  irqLine(vm: number, irq: number, level: number): Result;
+
+  // ── vCPU fds: for run, runAsync and runPage the very fd that createVcpu returned; a duplicate of it is EBADF
+  /**
+   * KVM_RUN on this thread. 0 when the guest exits; `-EINTR` when kicked, or when `deadline` milliseconds have passed, never earlier. The
+   * deadline is required: on some hosts some guest instructions never leave KVM_RUN by themselves. A deadline of 0 completes the exit that is
+   * answered and enters no guest. One run of a vCPU at a time: EBUSY; also for other requests while runAsync runs it.
+   *
+   * Nothing can end a run on a worker's thread but a kick or its deadline, `worker.terminate()` neither: kick first, or it waits.
+   */
+  run(vcpu: number, deadline: number): Result;
+  /** The same on a thread that the kernel keeps for this vCPU. close of the fd ends it: `-EINTR`. */
+  runAsync(vcpu: number, deadline: number): Promise<Result>;
+  /**
+   * Makes a run of the vCPU, on whatever thread, the one in progress or else the next one, end with `-EINTR`. Kicks before one end count as
+   * one. The fd may be of another worker.
+   */
+  kick(vcpu: number): Result;
+  /** KVM_PRE_FAULT_MEMORY; gpa and size are updated as the kernel updates them. */
+  preFaultMemory(vcpu: number, args: { gpa: bigint; size: bigint; flags: U64 }): Result;
+  /**
+   * The kvm_run page and what is mapped behind it, live; detached by close of the vCPU fd. What it says of an exit holds as Linux has it: an
+   * exit reason from before may stand there after `-EINTR`.
+   */
+  runPage(vcpu: number): Uint8Array;
+  /** KVM_GET_ONE_REG. `id` says the register's size, 1 to 2048 bytes; `value` is that long, or it is EFAULT. */
+  getOneReg(vcpu: number, id: U64, value: Uint8Array): Result;
+  setOneReg(vcpu: number, id: U64, value: Uint8Array): Result;
+
+  // ── any KVM fd
+  /**
+   * An ioctl that reads or writes one struct of plain data: KVM_GET_REGS, KVM_SET_SREGS, KVM_SET_CPUID2, KVM_IRQFD … `data` is the struct, as
+   * long as the request number says (longer for the ones that end in an array, up to 1 MiB). Too short is EFAULT. So is any request whose
+   * struct holds pointers, or that is not known to hold none. An eventfd in a struct must be one that `eventfd` opened: EBADF.
+   */
+  ioctlStruct(fd: number, request: number, data: Uint8Array): Result;
+
+  // ── devices in the kernel, and what they signal
+  /** KVM_CREATE_DEVICE: its fd; 0 with KVM_CREATE_DEVICE_TEST. */
+  createDevice(vm: number, type: number, flags: number): Result;
+  /** KVM_GET_DEVICE_ATTR, on a device, VM or vCPU fd. A value shorter than the attribute is EFAULT. */
+  getDeviceAttr(fd: number, attr: DeviceAttr, value: Uint8Array): Result;
+  setDeviceAttr(fd: number, attr: DeviceAttr, value: Uint8Array): Result;
+  hasDeviceAttr(fd: number, attr: DeviceAttr): Result;
+  /** eventfd2(2), close-on-exec. */
+  eventfd(initial: number, flags: number): Result;
 
   // ── files
   open(path: string, flags: number, mode?: number): Result;

@@ -1,5 +1,5 @@
 import { RangeMap } from '../ranges.ts';
-import { KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES } from '../uapi.ts';
+import { GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES } from '../uapi.ts';
 import { toPages } from './arguments.ts';
 import type { U64 } from './kernel.ts';
 import type { Machine } from './machine.ts';
@@ -11,7 +11,7 @@ import type { Machine } from './machine.ts';
  */
 
 /** 'path' is an O_PATH fd. */
-export type FileKind = 'kvm' | 'vm' | 'gmem' | 'file' | 'epoll' | 'uffd' | 'path';
+export type FileKind = 'kvm' | 'vm' | 'vcpu' | 'gmem' | 'file' | 'epoll' | 'uffd' | 'path' | 'device' | 'eventfd';
 
 /** An open file description: what fds, their duplicates and mappings refer to. */
 export class OpenFile {
@@ -46,8 +46,12 @@ export interface MemslotState {
   guestMemfd: GuestMemfdFile | null;
   /** First page of the file. */
   readonly pgoff: number;
+  /** The guest sees nothing but the file: it was created with MMAP. Stays so when the file is closed. */
+  readonly gmemOnly: boolean;
   /** Pages written since the log was read, relative to the slot; null without LOG_DIRTY. */
   dirty: RangeMap<true> | null;
+  /** Pages the guest's CPUs have mapped, relative to the slot; null before the first. */
+  mapped: RangeMap<true> | null;
 }
 
 /** The fields of kvm_userspace_memory_region2, in canonical form; V1 has no flags for the last two. */
@@ -77,6 +81,9 @@ export class VmFile extends OpenFile {
   manualDirtyLog = 0;
   dirtyRing: 'none' | 'ring' | 'ring-with-bitmap' = 'none';
   hypercallMask = 0;
+  /** Ids of the vCPUs created so far, and whether one has run. */
+  readonly vcpuIds = new Set<number>();
+  hasRun = false;
   readonly #slots: readonly Map<number, MemslotState>[];
   readonly #gfns: readonly RangeMap<MemslotState>[];
 
@@ -146,7 +153,9 @@ export class VmFile extends OpenFile {
       flags: request.flags,
       guestMemfd,
       pgoff: guestMemfd ? toPages(request.guestMemfdOffset, pageSize) : 0,
+      gmemOnly: ((guestMemfd?.flags ?? 0) & GUEST_MEMFD_FLAG_MMAP) !== 0,
       dirty: this.#newDirtyLog(request.flags, pages),
+      mapped: null,
     };
     slots.set(request.id, slot);
     gfns.set(baseGfn, baseGfn + pages, slot);

@@ -31,6 +31,23 @@ export interface Addon {
   getDirtyLog(bitmap: Uint8Array | null): number; // [vm, slot]
   clearDirtyLog(bitmap: Uint8Array | null): number; // [vm, slot, numPages, firstPage]; too short is NULL
 
+  // ── vCPU fds: EBADF for run, runAsync and runPage unless createVcpu returned it on this thread; EBUSY while runAsync runs it
+  createVcpu(): number; // [vm, id]; its kvm_run is mapped until the fd is closed
+  run(): number; // [vcpu, nanoseconds]; 0 completes what is pending and enters no guest
+  runAsync(): Promise<number>; // the same
+  kick(): number; // [vcpu], of any thread of the process
+  runPage(): ArrayBuffer | number; // [vcpu]; a window over kvm_run, detached by close; EOPNOTSUPP without external buffers
+  preFaultMemory(): number; // [vcpu, gpa, size, flags] → [gpa, size]
+
+  // ── structs and values: copied to where nothing can be overrun
+  ioctlStruct(struct: Uint8Array): number; // [fd, request, ends in an array]; the caller answers for its having no pointers
+  getOneReg(value: Uint8Array): number; // [vcpu, id]
+  setOneReg(value: Uint8Array): number; // [vcpu, id]
+  getDeviceAttr(value: Uint8Array): number; // [fd, flags, group, attr]
+  setDeviceAttr(value: Uint8Array): number; // [fd, flags, group, attr]
+  hasDeviceAttr(): number; // [fd, flags, group, attr]
+  createDevice(): number; // [vm, type, flags]; its fd, 0 with KVM_CREATE_DEVICE_TEST
+
   // ── files
   fallocate(): number; // [fd, mode, offset, length]
   fallocateAsync(): Promise<number>; // the same
@@ -49,9 +66,10 @@ export interface Addon {
   poll(): number; // [fd, events]; the returned events, POLLNVAL among them
   epollCreate1(): number; // [flags]
   epollCtl(): number; // [epoll, op, fd, events]
+  eventfd(): number; // [initval, flags]
   dup(): number; // [fd]; F_DUPFD_CLOEXEC
   adopt(): number; // [fd]; close-on-exec from now on
-  close(): number; // [fd]; EBADF unless a function here opened it on this thread
+  close(): number; // [fd]; EBADF unless a function here opened it on this thread. Ends a run of a vCPU
 
   // ── mappings: a handle that is not in use, or a range that leaves its mapping, is ENOMEM (EFAULT for peek and poke)
   mmap(): number; // [length, prot, flags, fd, offset]; a handle. MAP_FIXED is EINVAL

@@ -16,16 +16,14 @@ import {
   KVM_GET_API_VERSION,
   KVM_GET_STATS_FD,
   KVM_GET_VCPU_MMAP_SIZE,
-  KVM_MEM_GUEST_MEMFD,
-  MADV_HWPOISON,
-  MADV_SOFT_OFFLINE,
+  KVM_RUN,
   MAP_ANONYMOUS,
   MAP_FIXED,
   MAP_FIXED_NOREPLACE,
   O_CLOEXEC,
   O_RDWR,
 } from '../../uapi.ts';
-import { bytes, i32, isAligned, isZero, low32, sumExceeds, text, u32, u64 } from '../arguments.ts';
+import { bytes, i32, low32, sumExceeds, text, u32, u64 } from '../arguments.ts';
 import type {
   CacheStatus,
   FileStatus,
@@ -41,11 +39,13 @@ import { clearDirtyLogRules, getDirtyLogRules } from '../rules/dirty_log.ts';
 import { createGuestMemfdRules, fallocateRules } from '../rules/guest_memfd.ts';
 import { memoryAttributesRules } from '../rules/memory_attributes.ts';
 import { isSameRegion, memslotRules } from '../rules/memslot.ts';
-import { check, explain, type Rule } from '../rules/rule.ts';
+import { check } from '../rules/rule.ts';
 import { applyEnableCap, createVmRules, enableCapRules, vmType } from '../rules/vm.ts';
-import { FileTable, GuestMemfdFile, OpenFile, type RegionRequest, VmFile } from '../state.ts';
+import { GuestMemfdFile, OpenFile, type RegionRequest, VmFile } from '../state.ts';
 import { type Addon, AddonUnavailable, loadAddon } from './addon.ts';
-import { Command } from './command.ts';
+import type { Command } from './command.ts';
+import { isDangerous, isHarmful } from './dangerous.ts';
+import { VcpuCalls } from './vcpu_calls.ts';
 
 /** The most bytes one ArrayBuffer has on Node 20. */
 const WINDOW_MAX = 2 ** 32;
@@ -60,93 +60,86 @@ interface LinuxMapping {
 }
 
 /** The running kernel. It does nothing but pass on calls and keep count of what they changed, so that a refusal can be explained. */
-export class LinuxKernel implements Kernel {
+export class LinuxKernel extends VcpuCalls implements Kernel {
   readonly name = 'linux';
   readonly arch: Arch = process.arch === 'arm64' ? 'aarch64' : 'x86_64';
   readonly release = os.release();
   readonly pageSize: number;
-  readonly #native: Addon;
-  readonly #command: Command;
-  readonly #files = new FileTable();
   readonly #mappings: (LinuxMapping | undefined)[] = [];
   #machine: Machine | null = null;
-  #refusal: (() => string | null) | null = null;
 
   constructor(native: Addon) {
-    this.#native = native;
-    this.#command = new Command(native.command);
+    super(native);
     this.pageSize = native.pageSize;
   }
 
-  explain(): string | null {
-    return this.#refusal?.() ?? null;
-  }
-
   privateGfns(vm: number): ReadonlyRangeMap<true> | undefined {
-    return this.#files.vm(vm)?.attributes;
+    return this.files.vm(vm)?.attributes;
   }
 
   /** Takes over an fd that this process got from elsewhere, by inheritance or over a socket. */
   adopt(fd: number, kind: 'kvm' | 'vm' | 'gmem' | 'file'): Result {
-    this.#command.i32(0, i32('fd', fd));
-    if (this.#files.get(fd)) return this.#answer(-ERRNO.EEXIST);
-    const result = this.#native.adopt();
-    return result < 0 ? this.#answer(result) : this.#files.put(fd, new OpenFile(kind));
+    this.command.i32(0, i32('fd', fd));
+    if (this.files.get(fd)) return this.answer(-ERRNO.EEXIST);
+    const result = this.native.adopt();
+    return result < 0 ? this.answer(result) : this.files.put(fd, new OpenFile(kind));
   }
 
   // ── any fd
 
   ioctl(fd: number, request: number, argument: U64): Result {
-    const [own, number, value] = [this.#fd(fd), u32('request', request), u64('argument', argument)];
+    const [own, number, value] = [this.own(fd), u32('request', request), u64('argument', argument)];
     // Type 0xae without a direction: KVM takes the argument by value. Everything else would be an address of this process.
     const byValue = number >>> 8 === 0xae;
-    if (!byValue && sumExceeds(value, 0, 4095)) return this.#answer(-ERRNO.EFAULT);
+    if (!byValue && sumExceeds(value, 0, 4095)) return this.answer(-ERRNO.EFAULT);
     // What makes a new fd goes through the method that keeps track of it.
-    if (number === KVM_CREATE_VM && this.#files.get(fd)?.kind === 'kvm') return this.createVm(fd, value);
-    if (number === KVM_CREATE_VCPU || number === KVM_GET_STATS_FD) return this.#answer(-ERRNO.EINVAL);
-    return this.#answer(this.#ioctl(own, number, value));
+    if (number === KVM_CREATE_VM && this.files.get(fd)?.kind === 'kvm') return this.createVm(fd, value);
+    if (number === KVM_CREATE_VCPU && this.files.vm(fd)) return this.createVcpu(fd, low32(value));
+    // A run without a deadline may never come back.
+    if (number === KVM_GET_STATS_FD || number === KVM_RUN) return this.answer(-ERRNO.EINVAL);
+    return this.answer(this.ioctlWord(own, number, value));
   }
 
   // ── /dev/kvm
 
   openKvm(path = '/dev/kvm'): Result {
-    this.#command.i32(0, O_RDWR | O_CLOEXEC).i32(1, 0);
-    const fd = this.#native.open(text('path', path));
-    return this.#opened(fd, () => new OpenFile('kvm'));
+    this.command.i32(0, O_RDWR | O_CLOEXEC).i32(1, 0);
+    const fd = this.native.open(text('path', path));
+    return this.opened(fd, () => new OpenFile('kvm'));
   }
 
   getApiVersion(kvm: number): Result {
-    return this.#answer(this.#ioctl(this.#fd(kvm), KVM_GET_API_VERSION, 0));
+    return this.answer(this.ioctlWord(this.own(kvm), KVM_GET_API_VERSION, 0));
   }
 
   getVcpuMmapSize(kvm: number): Result {
-    return this.#answer(this.#ioctl(this.#fd(kvm), KVM_GET_VCPU_MMAP_SIZE, 0));
+    return this.answer(this.ioctlWord(this.own(kvm), KVM_GET_VCPU_MMAP_SIZE, 0));
   }
 
   checkExtension(fd: number, capability: number): Result {
-    return this.#answer(this.#ioctl(this.#fd(fd), KVM_CHECK_EXTENSION, i32('capability', capability) >>> 0));
+    return this.answer(this.ioctlWord(this.own(fd), KVM_CHECK_EXTENSION, i32('capability', capability) >>> 0));
   }
 
   createVm(kvm: number, type: U64): Result {
     const request = vmType(type);
-    const own = this.#fd(kvm);
+    const own = this.own(kvm);
     const machine = this.#probeMachine(own);
-    this.#command.i32(0, own).u64(1, request.type);
-    const fd = this.#native.createVm();
-    if (fd < 0) return this.#refused(fd, createVmRules, machine, request);
-    const addressSpaces = Math.max(0, this.#ioctl(fd, KVM_CHECK_EXTENSION, KVM_CAP.MULTI_ADDRESS_SPACE));
-    return this.#opened(fd, () => new VmFile(machine, low32(request.type), addressSpaces));
+    this.command.i32(0, own).u64(1, request.type);
+    const fd = this.native.createVm();
+    if (fd < 0) return this.refused(fd, createVmRules, machine, request);
+    const addressSpaces = Math.max(0, this.ioctlWord(fd, KVM_CHECK_EXTENSION, KVM_CAP.MULTI_ADDRESS_SPACE));
+    return this.opened(fd, () => new VmFile(machine, low32(request.type), addressSpaces));
   }
 
   // ── VM fds
 
   createGuestMemfd(vm: number, args: { size: U64; flags: U64 }): Result {
     const request = { size: u64('size', args.size), flags: u64('flags', args.flags) };
-    const owner = this.#files.vm(vm);
-    this.#command.i32(0, this.#fd(vm)).u64(1, request.size).u64(2, request.flags);
-    const fd = this.#native.createGuestMemfd();
-    if (fd < 0 || !owner) return this.#refused(fd, createGuestMemfdRules, owner, request);
-    return this.#opened(fd, () => new GuestMemfdFile(owner, request.size, low32(request.flags)));
+    const owner = this.files.vm(vm);
+    this.command.i32(0, this.own(vm)).u64(1, request.size).u64(2, request.flags);
+    const fd = this.native.createGuestMemfd();
+    if (fd < 0 || !owner) return this.refused(fd, createGuestMemfdRules, owner, request);
+    return this.opened(fd, () => new GuestMemfdFile(owner, request.size, low32(request.flags)));
   }
 
   setUserMemoryRegion(vm: number, region: UserMemoryRegion): Result {
@@ -159,24 +152,24 @@ export class LinuxKernel implements Kernel {
 
   setMemoryAttributes(vm: number, args: MemoryAttributesArgs): Result {
     const request = this.#attributes(vm, args);
-    const result = this.#native.setMemoryAttributes();
-    return this.#attributesSet(result, this.#files.vm(vm), request);
+    const result = this.native.setMemoryAttributes();
+    return this.#attributesSet(result, this.files.vm(vm), request);
   }
 
   async setMemoryAttributesAsync(vm: number, args: MemoryAttributesArgs): Promise<Result> {
     const request = this.#attributes(vm, args);
-    const owner = this.#files.vm(vm);
-    return this.#attributesSet(await this.#native.setMemoryAttributesAsync(), owner, request);
+    const owner = this.files.vm(vm);
+    return this.#attributesSet(await this.native.setMemoryAttributesAsync(), owner, request);
   }
 
   enableCap(fd: number, args: { cap: number; flags: number; args: readonly U64[] }): Result {
     const [a0 = 0, a1 = 0, a2 = 0, a3 = 0] = Array.from(args.args, (value) => u64('args', value));
     const request = { cap: u32('cap', args.cap), flags: u32('flags', args.flags), args: [a0, a1, a2, a3] as const };
-    const vm = this.#files.vm(fd);
-    this.#command.i32(0, this.#fd(fd)).i32(1, request.cap).i32(2, request.flags);
-    for (const [index, value] of request.args.entries()) this.#command.u64(3 + index, value);
-    const result = this.#native.enableCap();
-    if (result < 0) return this.#refused(result, enableCapRules, vm, request);
+    const vm = this.files.vm(fd);
+    this.command.i32(0, this.own(fd)).i32(1, request.cap).i32(2, request.flags);
+    for (const [index, value] of request.args.entries()) this.command.u64(3 + index, value);
+    const result = this.native.enableCap();
+    if (result < 0) return this.refused(result, enableCapRules, vm, request);
     if (vm) applyEnableCap(vm, request);
     return result;
   }
@@ -184,13 +177,13 @@ export class LinuxKernel implements Kernel {
   getDirtyLog(vm: number, args: { slot: number; dirtyBitmap: Uint8Array | null }): Result {
     const slot = u32('slot', args.slot);
     const bitmap = args.dirtyBitmap === null ? null : bytes('dirtyBitmap', args.dirtyBitmap);
-    const owner = this.#files.vm(vm);
+    const owner = this.files.vm(vm);
     const request = { addressSpace: slot >>> 16, id: slot & 0xffff };
     const pages = owner?.slot(request.addressSpace, request.id)?.pages ?? Number.POSITIVE_INFINITY;
-    this.#command.i32(0, this.#fd(vm)).i32(1, slot);
+    this.command.i32(0, this.own(vm)).i32(1, slot);
     // The kernel writes as many bytes as the slot asks for, however long the buffer is.
-    const result = this.#native.getDirtyLog(bitmap && bitmap.length * 8 >= Math.ceil(pages / 64) * 64 ? bitmap : null);
-    return result < 0 ? this.#refused(result, getDirtyLogRules, owner, request) : result;
+    const result = this.native.getDirtyLog(bitmap && bitmap.length * 8 >= Math.ceil(pages / 64) * 64 ? bitmap : null);
+    return result < 0 ? this.refused(result, getDirtyLogRules, owner, request) : result;
   }
 
   clearDirtyLog(
@@ -205,100 +198,97 @@ export class LinuxKernel implements Kernel {
       firstPage: u64('firstPage', args.firstPage),
     };
     const bitmap = args.dirtyBitmap === null ? null : bytes('dirtyBitmap', args.dirtyBitmap);
-    this.#command.i32(0, this.#fd(vm)).i32(1, slot).i32(2, request.numPages).u64(3, request.firstPage);
-    const result = this.#native.clearDirtyLog(bitmap);
-    return result < 0 ? this.#refused(result, clearDirtyLogRules, this.#files.vm(vm), request) : result;
+    this.command.i32(0, this.own(vm)).i32(1, slot).i32(2, request.numPages).u64(3, request.firstPage);
+    const result = this.native.clearDirtyLog(bitmap);
+    return result < 0 ? this.refused(result, clearDirtyLogRules, this.files.vm(vm), request) : result;
   }
 
   // ── files
 
   open(path: string, flags: number, mode = 0): Result {
-    this.#command.i32(0, i32('flags', flags)).i32(1, i32('mode', mode));
-    return this.#opened(
-      this.#native.open(text('path', path)),
-      () => new OpenFile(path === '/dev/kvm' ? 'kvm' : 'file'),
-    );
+    this.command.i32(0, i32('flags', flags)).i32(1, i32('mode', mode));
+    return this.opened(this.native.open(text('path', path)), () => new OpenFile(path === '/dev/kvm' ? 'kvm' : 'file'));
   }
 
   fallocate(fd: number, mode: number, offset: U64, length: U64): Result {
     this.#fallocateCommand(fd, mode, offset, length);
-    const result = this.#native.fallocate();
+    const result = this.native.fallocate();
     return result < 0 ? this.#fallocateRefused(result, fd, mode, offset, length) : result;
   }
 
   async fallocateAsync(fd: number, mode: number, offset: U64, length: U64): Promise<Result> {
     this.#fallocateCommand(fd, mode, offset, length);
-    const result = await this.#native.fallocateAsync();
+    const result = await this.native.fallocateAsync();
     return result < 0 ? this.#fallocateRefused(result, fd, mode, offset, length) : result;
   }
 
   ftruncate(fd: number, length: U64): Result {
-    this.#command.i32(0, this.#fd(fd)).u64(1, u64('length', length));
-    return this.#answer(this.#native.ftruncate());
+    this.command.i32(0, this.own(fd)).u64(1, u64('length', length));
+    return this.answer(this.native.ftruncate());
   }
 
   fstat(fd: number, status: FileStatus): Result {
-    this.#command.i32(0, this.#fd(fd));
-    const result = this.#native.fstat();
-    if (result < 0) return this.#answer(result);
-    const [mode, size, blocks, blksize, ino, nlink] = [0, 1, 2, 3, 4, 5].map((index) => this.#command.result(index));
+    this.command.i32(0, this.own(fd));
+    const result = this.native.fstat();
+    if (result < 0) return this.answer(result);
+    const [mode, size, blocks, blksize, ino, nlink] = [0, 1, 2, 3, 4, 5].map((index) => this.command.result(index));
     Object.assign(status, { mode: Number(mode), size, blocks, blksize: Number(blksize), ino, nlink: Number(nlink) });
     return result;
   }
 
   fstatfs(fd: number, status: { type?: number; bsize?: number }): Result {
-    this.#command.i32(0, this.#fd(fd));
-    const result = this.#native.fstatfs();
-    if (result < 0) return this.#answer(result);
-    status.type = Number(this.#command.result(0));
-    status.bsize = Number(this.#command.result(1));
+    this.command.i32(0, this.own(fd));
+    const result = this.native.fstatfs();
+    if (result < 0) return this.answer(result);
+    status.type = Number(this.command.result(0));
+    status.bsize = Number(this.command.result(1));
     return result;
   }
 
   cachestat(fd: number, offset: U64, length: U64, status: CacheStatus): Result {
-    this.#command.i32(0, this.#fd(fd)).u64(1, u64('offset', offset)).u64(2, u64('length', length));
-    const result = this.#native.cachestat();
-    if (result < 0) return this.#answer(result);
+    this.command.i32(0, this.own(fd)).u64(1, u64('offset', offset)).u64(2, u64('length', length));
+    const result = this.native.cachestat();
+    if (result < 0) return this.answer(result);
     const [cache, dirty, writeback, evicted, recentlyEvicted] = [0, 1, 2, 3, 4].map((index) =>
-      Number(this.#command.result(index)),
+      Number(this.command.result(index)),
     );
     Object.assign(status, { cache, dirty, writeback, evicted, recentlyEvicted });
     return result;
   }
 
   fsync(fd: number): Result {
-    this.#command.i32(0, this.#fd(fd));
-    return this.#answer(this.#native.fsync());
+    this.command.i32(0, this.own(fd));
+    return this.answer(this.native.fsync());
   }
 
   read(fd: number, target: Uint8Array): Result {
-    this.#command.i32(0, this.#fd(fd));
-    return this.#answer(this.#native.read(bytes('target', target)));
+    this.command.i32(0, this.own(fd));
+    return this.answer(this.native.read(bytes('target', target)));
   }
 
   write(fd: number, source: Uint8Array): Result {
-    this.#command.i32(0, this.#fd(fd));
-    return this.#answer(this.#native.write(bytes('source', source)));
+    this.command.i32(0, this.own(fd));
+    return this.answer(this.native.write(bytes('source', source)));
   }
 
   pread(fd: number, target: Uint8Array, offset: U64): Result {
-    this.#command.i32(0, this.#fd(fd)).u64(1, u64('offset', offset));
-    return this.#answer(this.#native.pread(bytes('target', target)));
+    this.command.i32(0, this.own(fd)).u64(1, u64('offset', offset));
+    return this.answer(this.native.pread(bytes('target', target)));
   }
 
   pwrite(fd: number, source: Uint8Array, offset: U64): Result {
-    this.#command.i32(0, this.#fd(fd)).u64(1, u64('offset', offset));
-    return this.#answer(this.#native.pwrite(bytes('source', source)));
+    this.command.i32(0, this.own(fd)).u64(1, u64('offset', offset));
+    return this.answer(this.native.pwrite(bytes('source', source)));
   }
 
   lseek(fd: number, offset: U64, whence: number): Result {
-    this.#command.i32(0, this.#fd(fd)).u64(1, u64('offset', offset)).i32(2, i32('whence', whence));
-    return this.#answer(this.#native.lseek());
+    this.command.i32(0, this.own(fd)).u64(1, u64('offset', offset)).i32(2, i32('whence', whence));
+    return this.answer(this.native.lseek());
   }
 
   memfdCreate(name: string, flags: number): Result {
-    this.#command.i32(0, u32('flags', flags));
-    return this.#opened(this.#native.memfdCreate(text('name', name)), () => new OpenFile('file'));
+    this.command.i32(0, u32('flags', flags));
+    return this.opened(this.native.memfdCreate(text('name', name)), () => new OpenFile('file'));
   }
 
   fcntlGetFd(fd: number): Result {
@@ -306,45 +296,45 @@ export class LinuxKernel implements Kernel {
   }
 
   fcntl(fd: number, command: number, argument: number): Result {
-    this.#command
-      .i32(0, this.#fd(fd))
+    this.command
+      .i32(0, this.own(fd))
       .i32(1, i32('command', command))
       .u64(2, i32('argument', argument) >>> 0);
-    return this.#answer(FCNTL_COMMANDS.includes(command) ? this.#native.fcntl() : -ERRNO.EINVAL);
+    return this.answer(FCNTL_COMMANDS.includes(command) ? this.native.fcntl() : -ERRNO.EINVAL);
   }
 
   poll(fd: number, events: number): Result {
-    const own = this.#fd(fd);
-    this.#command.i32(0, own).i32(1, i32('events', events));
-    return this.#answer(own < 0 ? -ERRNO.EBADF : this.#native.poll());
+    const own = this.own(fd);
+    this.command.i32(0, own).i32(1, i32('events', events));
+    return this.answer(own < 0 ? -ERRNO.EBADF : this.native.poll());
   }
 
   epollCreate1(flags: number): Result {
-    this.#command.i32(0, i32('flags', flags));
-    return this.#opened(this.#native.epollCreate1(), () => new OpenFile('epoll'));
+    this.command.i32(0, i32('flags', flags));
+    return this.opened(this.native.epollCreate1(), () => new OpenFile('epoll'));
   }
 
   epollCtl(epoll: number, operation: number, fd: number, events: number): Result {
-    this.#command
-      .i32(0, this.#fd(epoll))
+    this.command
+      .i32(0, this.own(epoll))
       .i32(1, i32('operation', operation))
-      .i32(2, this.#fd(fd))
+      .i32(2, this.own(fd))
       .i32(3, i32('events', events));
-    return this.#answer(this.#native.epollCtl());
+    return this.answer(this.native.epollCtl());
   }
 
   dup(fd: number): Result {
-    const file = this.#files.get(fd);
-    this.#command.i32(0, this.#fd(fd));
-    const result = this.#native.dup();
-    return result < 0 || !file ? this.#answer(result) : this.#opened(result, () => file);
+    const file = this.files.get(fd);
+    this.command.i32(0, this.own(fd));
+    const result = this.native.dup();
+    return result < 0 || !file ? this.answer(result) : this.opened(result, () => file);
   }
 
   close(fd: number): Result {
-    this.#command.i32(0, this.#fd(fd));
-    const result = this.#native.close();
-    this.#files.close(fd);
-    return this.#answer(result);
+    this.command.i32(0, this.own(fd));
+    const result = this.native.close();
+    this.files.close(fd);
+    return this.answer(result);
   }
 
   // ── mappings
@@ -352,101 +342,101 @@ export class LinuxKernel implements Kernel {
   mmap(args: { length: U64; prot: number; flags: number; fd: number; offset: U64 }): Result {
     const [flags, prot] = [i32('flags', args.flags), i32('prot', args.prot)];
     const [length, offset] = [u64('length', args.length), u64('offset', args.offset)];
-    const own = this.#fd(args.fd);
+    const own = this.own(args.fd);
     const fd = flags & MAP_ANONYMOUS ? -1 : own;
-    this.#command.u64(0, length).i32(1, prot).i32(2, flags).i32(3, fd).u64(4, offset);
-    if (flags & (MAP_FIXED | MAP_FIXED_NOREPLACE)) return this.#answer(-ERRNO.EINVAL);
-    const handle = this.#native.mmap();
-    if (handle < 0) return this.#answer(handle);
+    this.command.u64(0, length).i32(1, prot).i32(2, flags).i32(3, fd).u64(4, offset);
+    if (flags & (MAP_FIXED | MAP_FIXED_NOREPLACE)) return this.answer(-ERRNO.EINVAL);
+    const handle = this.native.mmap();
+    if (handle < 0) return this.answer(handle);
     const rounded = Math.ceil(Number(length) / this.pageSize) * this.pageSize;
-    this.#mappings[handle] = { length: rounded, file: this.#files.get(fd)?.hold(), windows: new Map() };
+    this.#mappings[handle] = { length: rounded, file: this.files.get(fd)?.hold(), windows: new Map() };
     return handle;
   }
 
   addressOf(mapping: number): bigint {
-    this.#command.u64(0, i32('mapping', mapping) >>> 0);
-    if (this.#native.address() < 0) throw new TypeError(`there is no mapping ${mapping}`);
-    return this.#command.result(0);
+    this.command.u64(0, i32('mapping', mapping) >>> 0);
+    if (this.native.address() < 0) throw new TypeError(`there is no mapping ${mapping}`);
+    return this.command.result(0);
   }
 
   mprotect(mapping: number, offset: U64, length: U64, prot: number): Result {
     this.#range(mapping, offset, length).i32(3, i32('prot', prot));
-    return this.#answer(this.#native.mprotect());
+    return this.answer(this.native.mprotect());
   }
 
   madvise(mapping: number, offset: U64, length: U64, advice: number): Result {
     this.#range(mapping, offset, length).i32(3, i32('advice', advice));
-    return this.#answer(isHarmful(advice) ? -ERRNO.EINVAL : this.#native.madvise());
+    return this.answer(isHarmful(advice) ? -ERRNO.EINVAL : this.native.madvise());
   }
 
   async madviseAsync(mapping: number, offset: U64, length: U64, advice: number): Promise<Result> {
     this.#range(mapping, offset, length).i32(3, i32('advice', advice));
-    return this.#answer(isHarmful(advice) ? -ERRNO.EINVAL : await this.#native.madviseAsync());
+    return this.answer(isHarmful(advice) ? -ERRNO.EINVAL : await this.native.madviseAsync());
   }
 
   mlock(mapping: number, offset: U64, length: U64): Result {
     this.#range(mapping, offset, length);
-    return this.#answer(this.#native.mlock());
+    return this.answer(this.native.mlock());
   }
 
   munlock(mapping: number, offset: U64, length: U64): Result {
     this.#range(mapping, offset, length);
-    return this.#answer(this.#native.munlock());
+    return this.answer(this.native.munlock());
   }
 
   msync(mapping: number, offset: U64, length: U64, flags: number): Result {
     this.#range(mapping, offset, length).i32(3, i32('flags', flags));
-    return this.#answer(this.#native.msync());
+    return this.answer(this.native.msync());
   }
 
   mbind(mapping: number, offset: U64, length: U64, policy: number, nodes: readonly number[]): Result {
     const wanted = Array.from(nodes, (node) => i32('nodes', node));
     this.#range(mapping, offset, length).i32(3, i32('policy', policy));
-    if (wanted.some((node) => node < 0 || node >= 1024)) return this.#answer(-ERRNO.EINVAL);
+    if (wanted.some((node) => node < 0 || node >= 1024)) return this.answer(-ERRNO.EINVAL);
     const words = Array.from({ length: 16 }, () => 0n);
     for (const node of wanted) words[node >> 6] = (words[node >> 6] as bigint) | (1n << BigInt(node & 63));
-    this.#command.u64(4, wanted.length ? 1025 : 0);
-    for (const [index, word] of words.entries()) this.#command.u64(5 + index, word);
-    return this.#answer(this.#native.mbind());
+    this.command.u64(4, wanted.length ? 1025 : 0);
+    for (const [index, word] of words.entries()) this.command.u64(5 + index, word);
+    return this.answer(this.native.mbind());
   }
 
   getMempolicy(mapping: number, offset: U64): Result {
     this.#range(mapping, offset, 0);
-    return this.#answer(this.#native.getMempolicy());
+    return this.answer(this.native.getMempolicy());
   }
 
   mincore(mapping: number, offset: U64, length: U64, residency: Uint8Array): Result {
     this.#range(mapping, offset, length);
-    return this.#answer(this.#native.mincore(bytes('residency', residency)));
+    return this.answer(this.native.mincore(bytes('residency', residency)));
   }
 
   userfaultfd(flags: number): Result {
-    this.#command.i32(0, i32('flags', flags));
-    return this.#opened(this.#native.userfaultfd(), () => new OpenFile('uffd'));
+    this.command.i32(0, i32('flags', flags));
+    return this.opened(this.native.userfaultfd(), () => new OpenFile('uffd'));
   }
 
   uffdioApi(uffd: number, features: U64): Result {
-    this.#command.i32(0, this.#fd(uffd)).u64(1, u64('features', features));
-    return this.#answer(this.#native.uffdioApi());
+    this.command.i32(0, this.own(uffd)).u64(1, u64('features', features));
+    return this.answer(this.native.uffdioApi());
   }
 
   uffdioRegister(uffd: number, mapping: number, offset: U64, length: U64, mode: number): Result {
-    this.#command
-      .i32(0, this.#fd(uffd))
+    this.command
+      .i32(0, this.own(uffd))
       .u64(1, i32('mapping', mapping) >>> 0)
       .u64(2, u64('offset', offset));
-    this.#command.u64(3, u64('length', length)).u64(4, i32('mode', mode) >>> 0);
-    return this.#answer(this.#native.uffdioRegister());
+    this.command.u64(3, u64('length', length)).u64(4, i32('mode', mode) >>> 0);
+    return this.answer(this.native.uffdioRegister());
   }
 
   peek(mapping: number, offset: U64, target: Uint8Array): Result {
-    this.#command.u64(0, i32('mapping', mapping) >>> 0).u64(1, u64('offset', offset));
-    return this.#answer(this.#native.peek(bytes('target', target)));
+    this.command.u64(0, i32('mapping', mapping) >>> 0).u64(1, u64('offset', offset));
+    return this.answer(this.native.peek(bytes('target', target)));
   }
 
   poke(mapping: number, offset: U64, source: Uint8Array): Result {
-    this.#command.u64(0, i32('mapping', mapping) >>> 0).u64(1, u64('offset', offset));
-    return this.#answer(this.#native.poke(bytes('source', source)));
+    this.command.u64(0, i32('mapping', mapping) >>> 0).u64(1, u64('offset', offset));
+    return this.answer(this.native.poke(bytes('source', source)));
   }
 
   window(mapping: number, offset: number, length: number, own = false): Uint8Array {
@@ -467,14 +457,14 @@ export class LinuxKernel implements Kernel {
   }
 
   releaseWindow(view: Uint8Array): void {
-    this.#native.detach(bytes('view', view).buffer as ArrayBuffer);
+    this.native.detach(bytes('view', view).buffer as ArrayBuffer);
   }
 
   munmap(mapping: number): Result {
     const handle = i32('mapping', mapping);
-    this.#command.u64(0, handle >>> 0);
-    const result = this.#native.munmap();
-    if (result < 0) return this.#answer(result);
+    this.command.u64(0, handle >>> 0);
+    const result = this.native.munmap();
+    if (result < 0) return this.answer(result);
     this.#mappings[handle]?.file?.drop();
     this.#mappings[handle] = undefined;
     return result;
@@ -482,25 +472,11 @@ export class LinuxKernel implements Kernel {
 
   // ── what the calls share
 
-  /** The fd as it is when this kernel opened it, -1 otherwise: so that the kernel itself answers EBADF, at its place in the order. */
-  #fd(fd: number): number {
-    return this.#files.get(i32('fd', fd)) ? fd : -1;
-  }
-
-  #ioctl(fd: number, request: number, argument: U64): Result {
-    this.#command.i32(0, fd).u64(1, request).u64(2, argument);
-    return this.#native.ioctl();
-  }
-
   #range(mapping: number, offset: U64, length: U64): Command {
-    return this.#command
+    return this.command
       .u64(0, i32('mapping', mapping) >>> 0)
       .u64(1, u64('offset', offset))
       .u64(2, u64('length', length));
-  }
-
-  #opened(fd: number, file: () => OpenFile): Result {
-    return fd < 0 ? this.#answer(fd) : this.#files.put(fd, file());
   }
 
   #setRegion(vm: number, region: UserMemoryRegion, guestMemfdOffset: U64, guestMemfd: number, v1: boolean): Result {
@@ -516,21 +492,21 @@ export class LinuxKernel implements Kernel {
       userspaceAddr: u64('userspaceAddr', region.userspaceAddr),
       guestMemfdOffset: u64('guestMemfdOffset', guestMemfdOffset),
       guestMemfd: fd,
-      file: this.#files.get(fd),
+      file: this.files.get(fd),
     };
-    const owner = this.#files.vm(vm);
+    const owner = this.files.vm(vm);
     // The slots of a VM that came from elsewhere are unknown, so nobody could tell which request is dangerous.
-    if (!owner && this.#files.get(vm)?.kind === 'vm') return this.#answer(-ERRNO.EIO);
+    if (!owner && this.files.get(vm)?.kind === 'vm') return this.answer(-ERRNO.EIO);
     if (owner && isDangerous(owner, request)) {
       const violation = check(memslotRules, owner, request);
-      this.#refusal = () => violation?.sentence ?? null;
+      this.refusal = () => violation?.sentence ?? null;
       return -(violation?.errno ?? ERRNO.EINVAL);
     }
-    this.#command.i32(0, this.#fd(vm)).i32(1, slot).i32(2, request.flags);
-    this.#command.u64(3, request.guestPhysAddr).u64(4, request.memorySize).u64(5, request.userspaceAddr);
-    if (!v1) this.#command.u64(6, request.guestMemfdOffset).i32(7, request.file ? fd : -1);
-    const result = v1 ? this.#native.setUserMemoryRegion() : this.#native.setUserMemoryRegion2();
-    if (result < 0 || !owner) return this.#refused(result, memslotRules, owner, request);
+    this.command.i32(0, this.own(vm)).i32(1, slot).i32(2, request.flags);
+    this.command.u64(3, request.guestPhysAddr).u64(4, request.memorySize).u64(5, request.userspaceAddr);
+    if (!v1) this.command.u64(6, request.guestMemfdOffset).i32(7, request.file ? fd : -1);
+    const result = v1 ? this.native.setUserMemoryRegion() : this.native.setUserMemoryRegion2();
+    if (result < 0 || !owner) return this.refused(result, memslotRules, owner, request);
     if (!isSameRegion(owner, request)) owner.applyRegion(request);
     return result;
   }
@@ -542,8 +518,8 @@ export class LinuxKernel implements Kernel {
       attributes: u64('attributes', attributes),
       flags: u64('flags', flags),
     };
-    this.#command
-      .i32(0, this.#fd(vm))
+    this.command
+      .i32(0, this.own(vm))
       .u64(1, request.address)
       .u64(2, request.size)
       .u64(3, request.attributes)
@@ -556,14 +532,14 @@ export class LinuxKernel implements Kernel {
     owner: VmFile | undefined,
     request: { address: U64; size: U64; attributes: U64; flags: U64 },
   ): Result {
-    if (result < 0 || !owner) return this.#refused(result, memoryAttributesRules, owner, request);
+    if (result < 0 || !owner) return this.refused(result, memoryAttributesRules, owner, request);
     owner.applyAttributes(request.address, request.size, request.attributes);
     return result;
   }
 
   #fallocateCommand(fd: number, mode: number, offset: U64, length: U64): void {
-    this.#command
-      .i32(0, this.#fd(fd))
+    this.command
+      .i32(0, this.own(fd))
       .i32(1, i32('mode', mode))
       .u64(2, u64('offset', offset))
       .u64(3, u64('length', length));
@@ -571,12 +547,12 @@ export class LinuxKernel implements Kernel {
 
   #fallocateRefused(result: Result, fd: number, mode: number, offset: U64, length: U64): Result {
     const request = { mode, offset: u64('offset', offset), length: u64('length', length) };
-    return this.#refused(result, fallocateRules, this.#files.gmem(fd), request);
+    return this.refused(result, fallocateRules, this.files.gmem(fd), request);
   }
 
   #createWindow(mapping: number, offset: number, length: number): ArrayBuffer {
-    this.#command.u64(0, mapping).u64(1, offset).u64(2, length);
-    const buffer = this.#native.window();
+    this.command.u64(0, mapping).u64(1, offset).u64(2, length);
+    const buffer = this.native.window();
     if (typeof buffer !== 'number') return buffer;
     throw new KvmError({
       code: 'UNSUPPORTED',
@@ -587,7 +563,7 @@ export class LinuxKernel implements Kernel {
 
   /** What the rules need to know of the running kernel, asked of it. */
   #probeMachine(kvm: number): Machine {
-    const ask = (capability: number): boolean => this.#ioctl(kvm, KVM_CHECK_EXTENSION, capability) > 0;
+    const ask = (capability: number): boolean => this.ioctlWord(kvm, KVM_CHECK_EXTENSION, capability) > 0;
     this.#machine ??= new Machine({
       arch: this.arch,
       release: this.release,
@@ -598,33 +574,6 @@ export class LinuxKernel implements Kernel {
     });
     return this.#machine;
   }
-
-  #refused<S, R>(result: Result, rules: readonly Rule<S, R>[], subject: S | undefined, request: R): Result {
-    this.#refusal = () => (subject ? (explain(rules, subject, request, -result)?.sentence ?? null) : null);
-    return result;
-  }
-
-  #answer(result: Result): Result {
-    if (result < 0) this.#refusal = null;
-    return result;
-  }
-}
-
-/** Accepted by mistake, and harmful, on some kernels (contract §19, §19.1): never sent to any. */
-function isDangerous(vm: VmFile, request: RegionRequest): boolean {
-  const slot = vm.slot(request.addressSpace, request.id);
-  const bound = (request.flags & KVM_MEM_GUEST_MEMFD) !== 0;
-  if (isZero(request.memorySize)) return false;
-  if (slot) return bound || (slot.flags & KVM_MEM_GUEST_MEMFD) !== 0;
-  return (
-    bound &&
-    isAligned(request.guestMemfdOffset, 1) &&
-    sumExceeds(request.guestMemfdOffset, request.memorySize, (1n << 63n) - 1n)
-  );
-}
-
-function isHarmful(advice: number): boolean {
-  return advice === MADV_HWPOISON || advice === MADV_SOFT_OFFLINE;
 }
 
 let running: LinuxKernel | undefined;

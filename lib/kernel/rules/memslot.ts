@@ -185,6 +185,10 @@ export const memslotRules: readonly SlotRule[] = [
       `${range(r)} ends above the ${machine.physicalAddressBits} bits of physical address here`
     );
   }),
+  rule('EPERM', 'protected-has-run', (vm, r) => {
+    const changes = existing(vm, r) && !isSameRegion(vm, r);
+    return vm.isProtected && vm.hasRun && changes && 'slots of a protected VM cannot change once it has run';
+  }),
   rule('EPERM', 'protected-flags', (vm, r) => {
     const wrong = vm.isProtected && !isDelete(r) && r.flags & (KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY);
     return wrong && !isSameRegion(vm, r) && 'slots of a protected VM can be neither read-only nor dirty-logged';

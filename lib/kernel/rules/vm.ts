@@ -90,6 +90,11 @@ export const enableCapRules: readonly Rule<VmFile, EnableCapRequest>[] = [
   }),
   rule(
     'EINVAL',
+    'ring-vcpus',
+    (vm, { cap }) => rings.includes(cap) && vm.vcpuIds.size > 0 && 'a dirty ring is enabled before the first vCPU',
+  ),
+  rule(
+    'EINVAL',
     'ring-once',
     (vm, { cap }) => rings.includes(cap) && vm.dirtyRing !== 'none' && 'the dirty ring is enabled already',
   ),

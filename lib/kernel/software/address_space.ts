@@ -288,6 +288,11 @@ export class AddressSpace {
     return Math.max(0, Math.min(buffer.length, (start + pages) * pageSize - offset));
   }
 
+  /** Whether the page of a mapping exists, so that a guest's access would find it rather than make it. */
+  isPresent(mapping: Mapping, page: number): boolean {
+    return mapping.store.residentPages(mapping.pgoff + page, mapping.pgoff + page + 1) > 0;
+  }
+
   /** The mapping and byte offset behind a host address. */
   find(address: bigint): { mapping: Mapping; offset: number } | undefined {
     const range = this.#addresses.rangeAt(Number(address / BigInt(this.#machine.pageSize)));

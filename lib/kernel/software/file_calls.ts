@@ -1,5 +1,6 @@
 import { hex } from '../../format.ts';
 import {
+  EFD_SEMAPHORE,
   EPOLL_CTL_ADD,
   F_ADD_SEALS,
   F_GET_SEALS,
@@ -13,6 +14,7 @@ import {
   MFD_CLOEXEC,
   MFD_HUGETLB,
   O_CLOEXEC,
+  O_NONBLOCK,
   O_PATH,
   POLLIN,
   POLLOUT,
@@ -24,7 +26,7 @@ import { GuestMemfdFile, OpenFile } from '../state.ts';
 import { DiskFile } from './disk_file.ts';
 import { MemoryFile } from './memory_file.ts';
 import { SoftwareProcess } from './process.ts';
-import { EpollFile, SoftwareGuestMemfd } from './software_files.ts';
+import { EpollFile, EventFile, SoftwareGuestMemfd } from './software_files.ts';
 
 const GUEST_MEMFD_MAGIC = 0x474d454d;
 const ANON_INODE_MAGIC = 0x09041934;
@@ -155,6 +157,8 @@ export abstract class FileCalls extends SoftwareProcess {
 
   read(fd: number, target: Uint8Array): Result {
     const plain = bytes('target', target);
+    const file = this.file(i32('fd', fd));
+    if (file instanceof EventFile) return this.answer(file.read(plain));
     return this.#transfer(fd, plain, (file) => {
       const count = file.read(plain, file.position);
       file.position += count;
@@ -164,6 +168,8 @@ export abstract class FileCalls extends SoftwareProcess {
 
   write(fd: number, source: Uint8Array): Result {
     const plain = bytes('source', source);
+    const file = this.file(i32('fd', fd));
+    if (file instanceof EventFile) return this.answer(file.write(plain));
     return this.#transfer(fd, plain, (file) => {
       const count = file.write(plain, file.position);
       if (count > 0) file.position += count;
@@ -235,6 +241,13 @@ export abstract class FileCalls extends SoftwareProcess {
     const file = this.file(i32('fd', fd));
     if (!file) return this.badFd(fd);
     return file.kind === 'epoll' || file.kind === 'uffd' ? 0 : wanted & (POLLIN | POLLOUT);
+  }
+
+  eventfd(initial: number, flags: number): Result {
+    u32('initial', initial);
+    if (i32('flags', flags) & ~(O_CLOEXEC | O_NONBLOCK | EFD_SEMAPHORE))
+      return this.refuse('EINVAL', 'unknown eventfd flags');
+    return this.install(() => new EventFile(initial, (flags & EFD_SEMAPHORE) !== 0));
   }
 
   epollCreate1(flags: number): Result {

@@ -1,6 +1,6 @@
 import { RangeMap } from '../../ranges.ts';
-import { GUEST_MEMFD_FLAG_INIT_SHARED } from '../../uapi.ts';
-import type { U64 } from '../kernel.ts';
+import { ERRNO, GUEST_MEMFD_FLAG_INIT_SHARED } from '../../uapi.ts';
+import type { Result, U64 } from '../kernel.ts';
 import { GuestMemfdFile, OpenFile, type VmFile } from '../state.ts';
 import { PageStore } from './page_store.ts';
 
@@ -42,5 +42,37 @@ export class UserfaultFile extends OpenFile {
 export class EpollFile extends OpenFile {
   constructor() {
     super('epoll');
+  }
+}
+
+const EVENT_MAX = (1n << 64n) - 2n;
+
+/** A counter of 64 bits that read takes and write adds to. Nobody can be waited for here, so what would block is EAGAIN. */
+export class EventFile extends OpenFile {
+  readonly #semaphore: boolean;
+  #count: bigint;
+
+  constructor(initial: number, semaphore: boolean) {
+    super('eventfd');
+    this.#count = BigInt(initial);
+    this.#semaphore = semaphore;
+  }
+
+  read(target: Uint8Array): Result {
+    if (target.length < 8) return -ERRNO.EINVAL;
+    if (this.#count === 0n) return -ERRNO.EAGAIN;
+    const taken = this.#semaphore ? 1n : this.#count;
+    this.#count -= taken;
+    new DataView(target.buffer, target.byteOffset).setBigUint64(0, taken, true);
+    return 8;
+  }
+
+  write(source: Uint8Array): Result {
+    if (source.length < 8) return -ERRNO.EINVAL;
+    const more = new DataView(source.buffer, source.byteOffset).getBigUint64(0, true);
+    if (more > EVENT_MAX) return -ERRNO.EINVAL;
+    if (this.#count + more > EVENT_MAX) return -ERRNO.EAGAIN;
+    this.#count += more;
+    return 8;
   }
 }

@@ -29,11 +29,11 @@ import { memoryAttributesRules } from '../rules/memory_attributes.ts';
 import { isSameRegion, memslotRules } from '../rules/memslot.ts';
 import { applyEnableCap, createVmRules, enableCapRules, vmType } from '../rules/vm.ts';
 import { OpenFile, type RegionRequest, VmFile } from '../state.ts';
-import { MappingCalls } from './mapping_calls.ts';
 import { SoftwareGuestMemfd } from './software_files.ts';
+import { VcpuCalls } from './vcpu_calls.ts';
 
 /** A kernel in TypeScript: the whole of the contract that needs no vCPU, as one process sees it. */
-export class SoftwareKernel extends MappingCalls implements Kernel {
+export class SoftwareKernel extends VcpuCalls implements Kernel {
   /** VMs this process created, whose ioctls it may therefore call. Contract §2.1. */
   readonly #ownVms: WeakSet<VmFile> = new WeakSet();
 
@@ -67,7 +67,7 @@ export class SoftwareKernel extends MappingCalls implements Kernel {
       return this.refuse('EINVAL', `/dev/kvm has no request ${hex(number)}`);
     }
     if (!(file instanceof VmFile)) return this.refuse('ENOTTY', 'this kind of file has no ioctls');
-    const refused = this.#vm(fd);
+    const refused = this.vm(fd);
     if (typeof refused === 'number') return refused;
     if (number === KVM_CHECK_EXTENSION) return this.checkExtension(fd, low32(value) | 0);
     if (number === KVM_SET_MEMORY_ATTRIBUTES && !this.machine.swProtected) return this.#unknownVmRequest(number);
@@ -104,7 +104,7 @@ export class SoftwareKernel extends MappingCalls implements Kernel {
   checkExtension(fd: number, capability: number): Result {
     const number = i32('capability', capability);
     if (this.file(i32('fd', fd))?.kind === 'kvm') return checkExtension(this.machine, number);
-    const vm = this.#vm(fd);
+    const vm = this.vm(fd);
     return typeof vm === 'number' ? vm : checkExtension(this.machine, number, vm);
   }
 
@@ -126,7 +126,7 @@ export class SoftwareKernel extends MappingCalls implements Kernel {
 
   createGuestMemfd(vm: number, args: { size: U64; flags: U64 }): Result {
     const request = { size: u64('size', args.size), flags: u64('flags', args.flags) };
-    const owner = this.#vm(vm);
+    const owner = this.vm(vm);
     if (typeof owner === 'number') return owner;
     return (
       this.check(createGuestMemfdRules, owner, request) ??
@@ -150,7 +150,7 @@ export class SoftwareKernel extends MappingCalls implements Kernel {
       attributes: u64('attributes', attributes),
       flags: u64('flags', flags),
     };
-    const owner = this.#vm(vm);
+    const owner = this.vm(vm);
     if (typeof owner === 'number') return owner;
     const refused = this.check(memoryAttributesRules, owner, request);
     if (refused !== null) return refused;
@@ -165,7 +165,7 @@ export class SoftwareKernel extends MappingCalls implements Kernel {
   enableCap(fd: number, args: { cap: number; flags: number; args: readonly U64[] }): Result {
     const [a0 = 0, a1 = 0, a2 = 0, a3 = 0] = Array.from(args.args, (value) => u64('args', value));
     const request = { cap: u32('cap', args.cap), flags: u32('flags', args.flags), args: [a0, a1, a2, a3] as const };
-    const vm = this.#vm(fd);
+    const vm = this.vm(fd);
     if (typeof vm === 'number') return vm;
     const refused = this.check(enableCapRules, vm, request);
     if (refused !== null) return refused;
@@ -176,7 +176,7 @@ export class SoftwareKernel extends MappingCalls implements Kernel {
   getDirtyLog(vm: number, args: { slot: number; dirtyBitmap: Uint8Array | null }): Result {
     const slotNumber = u32('slot', args.slot);
     const bitmap = args.dirtyBitmap === null ? null : bytes('dirtyBitmap', args.dirtyBitmap);
-    const owner = this.#vm(vm);
+    const owner = this.vm(vm);
     if (typeof owner === 'number') return owner;
     const request = { addressSpace: slotNumber >>> 16, id: slotNumber & 0xffff };
     const refused = this.check(getDirtyLogRules, owner, request);
@@ -207,7 +207,7 @@ export class SoftwareKernel extends MappingCalls implements Kernel {
       firstPage: u64('firstPage', args.firstPage),
     };
     const bitmap = args.dirtyBitmap === null ? null : bytes('dirtyBitmap', args.dirtyBitmap);
-    const owner = this.#vm(vm);
+    const owner = this.vm(vm);
     if (typeof owner === 'number') return owner;
     const refused = this.check(clearDirtyLogRules, owner, request);
     if (refused !== null) return refused;
@@ -236,7 +236,7 @@ export class SoftwareKernel extends MappingCalls implements Kernel {
       guestMemfd: fd,
       file: this.file(fd),
     };
-    const owner = this.#vm(vm);
+    const owner = this.vm(vm);
     if (typeof owner === 'number') return owner;
     const refused = this.check(memslotRules, owner, request);
     if (refused !== null) return refused;
@@ -252,7 +252,7 @@ export class SoftwareKernel extends MappingCalls implements Kernel {
   }
 
   /** The VM behind an fd this process may use, or the -errno. Contract §2. */
-  #vm(fd: number): VmFile | Result {
+  protected override vm(fd: number): VmFile | Result {
     const file = this.file(i32('vm', fd));
     if (!file) return this.badFd(fd);
     if (file instanceof VmFile)
@@ -260,6 +260,10 @@ export class SoftwareKernel extends MappingCalls implements Kernel {
     return file.kind === 'kvm'
       ? this.refuse('EINVAL', '/dev/kvm has no such request: it is one of VM fds')
       : this.refuse('ENOTTY', 'not a VM fd');
+  }
+
+  protected override isOwn(vm: VmFile): boolean {
+    return this.#ownVms.has(vm);
   }
 
   #unknownVmRequest(request: number): Result {

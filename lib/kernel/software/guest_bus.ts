@@ -1,0 +1,100 @@
+import { RangeMap } from '../../ranges.ts';
+import { ERRNO, KVM_MEM_READONLY, PROT_READ, PROT_WRITE } from '../../uapi.ts';
+import type { MemslotState, VmFile } from '../state.ts';
+import type { AddressSpace } from './address_space.ts';
+import type { Access, GuestBus } from './executor.ts';
+import { SoftwareGuestMemfd } from './software_files.ts';
+
+const OK: Access = { kind: 'ok' };
+
+/** Which memory an access by a guest's CPU reaches. Contract §13.3; the same words as there. */
+export class SoftwareBus implements GuestBus {
+  readonly #vm: VmFile;
+  readonly #memory: AddressSpace;
+
+  constructor(vm: VmFile, memory: AddressSpace) {
+    this.#vm = vm;
+    this.#memory = memory;
+  }
+
+  read(gpa: number, target: Uint8Array): Access & { readonly done: number } {
+    return this.#pages(gpa, target, false);
+  }
+
+  write(gpa: number, source: Uint8Array): Access & { readonly done: number } {
+    return this.#pages(gpa, source, true);
+  }
+
+  /** Maps a page as KVM_PRE_FAULT_MEMORY does: a read of the kind that the attribute says. */
+  preFault(gpa: number): Access {
+    return this.#page(gpa, new Uint8Array(1), false);
+  }
+
+  #pages(gpa: number, bytes: Uint8Array, write: boolean): Access & { readonly done: number } {
+    const { pageSize } = this.#vm.machine;
+    for (let done = 0; done < bytes.length; ) {
+      const at = gpa + done;
+      const length = Math.min(bytes.length - done, pageSize - (at % pageSize));
+      const access = this.#page(at, bytes.subarray(done, done + length), write);
+      if (access.kind !== 'ok') return { ...access, done };
+      done += length;
+    }
+    return { ...OK, done: bytes.length };
+  }
+
+  #page(gpa: number, bytes: Uint8Array, write: boolean): Access {
+    const { pageSize } = this.#vm.machine;
+    const gfn = Math.floor(gpa / pageSize);
+    const secret = this.#vm.hasPrivate && this.#vm.attributes.get(gfn) === true;
+    const slot = this.#vm.slotOverlapping(0, gfn, gfn + 1);
+    if (!slot) return secret ? this.#fault(ERRNO.EFAULT, gpa, true) : { kind: 'mmio', gpa };
+    // Without hardware paging every instruction is emulated, and the emulator knows host addresses only. Contract §13.5, §13.6.
+    if (!this.#vm.machine.tdp) {
+      const access = write && slot.flags & KVM_MEM_READONLY ? null : this.#fromHost(slot, gpa, bytes, write);
+      return access?.kind === 'ok' ? access : { kind: 'mmio', gpa };
+    }
+    if (secret || slot.gmemOnly) return this.#fromFile(slot, gpa, secret, bytes, write);
+    if (write && slot.flags & KVM_MEM_READONLY) return { kind: 'mmio', gpa };
+    return this.#fromHost(slot, gpa, bytes, write);
+  }
+
+  #fromFile(slot: MemslotState, gpa: number, secret: boolean, bytes: Uint8Array, write: boolean): Access {
+    const file = slot.guestMemfd;
+    if (!(file instanceof SoftwareGuestMemfd)) return this.#fault(ERRNO.EFAULT, gpa, secret);
+    const { pageSize } = this.#vm.machine;
+    const offset = slot.pgoff * pageSize + gpa - slot.baseGfn * pageSize;
+    if (write) file.store.write(offset, bytes);
+    else {
+      file.store.touch(Math.floor(offset / pageSize), Math.floor(offset / pageSize) + 1);
+      file.store.read(offset, bytes);
+    }
+    return OK;
+  }
+
+  #fromHost(slot: MemslotState, gpa: number, bytes: Uint8Array, write: boolean): Access {
+    const { pageSize } = this.#vm.machine;
+    const inSlot = gpa - slot.baseGfn * pageSize;
+    const found = this.#memory.find(BigInt(slot.userspaceAddr) + BigInt(inSlot));
+    const unreachable: Access = { kind: 'fault', errno: ERRNO.EFAULT, fault: null };
+    if (!found) return unreachable;
+    const page = Math.floor(found.offset / pageSize);
+    // The kernel maps a page of a writable slot writable where it can, and a read of a page without write permission still works.
+    if (found.mapping.accessible(page, page + 1, write ? PROT_READ | PROT_WRITE : PROT_READ) === 0) return unreachable;
+    const index = Math.floor(inSlot / pageSize);
+    slot.mapped ??= new RangeMap();
+    // On x86 with hardware paging a first read maps a page that is there writable at once, and counts as a write. Contract §16.
+    const mapsWritable = this.#vm.machine.tdp && !this.#vm.machine.isArm && !slot.mapped.get(index);
+    const dirties = slot.dirty && (write || (mapsWritable && this.#memory.isPresent(found.mapping, page)));
+    const result = write
+      ? this.#memory.poke(found.mapping, found.offset, bytes)
+      : this.#memory.peek(found.mapping, found.offset, bytes);
+    if (result < bytes.length) return unreachable;
+    if (dirties) slot.dirty?.set(index, index + 1, true);
+    slot.mapped.set(index, index + 1, true);
+    return OK;
+  }
+
+  #fault(errno: number, gpa: number, secret: boolean): Access {
+    return { kind: 'fault', errno, fault: { gpa, private: secret } };
+  }
+}

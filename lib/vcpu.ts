@@ -1,0 +1,195 @@
+import { KvmError, systemError } from './errors.ts';
+import { type Exit, ExitDecoder, KVM_EXIT } from './exit.ts';
+import type { GuestRange, Visibility } from './guest_range.ts';
+import type { Kernel, Result } from './kernel/kernel.ts';
+import { type RegisterFile, registerFile } from './registers.ts';
+import { closing, guardConstructor, type internal, Resource } from './resource.ts';
+import { ERRNO, errnoName } from './uapi.ts';
+import { guestRange, options, rangeError, typeError } from './validate.ts';
+import type { Vm } from './vm.ts';
+
+export interface RunOptions {
+  /** Milliseconds after which the run ends with 'timeout', never earlier; 10 000 unless given. Some guests would never come back. */
+  readonly timeout?: number;
+}
+
+const DEFAULT_TIMEOUT = 10_000;
+const MAX_TIMEOUT = 2 ** 31 - 1;
+
+/**
+ * A virtual CPU. It stays on the thread that runs it: for more than one, give each a worker.
+ *
+ * @see KVM_CREATE_VCPU
+ */
+export class Vcpu extends Resource {
+  readonly id: number;
+  readonly #kernel: Kernel;
+  readonly #vm: Vm;
+  readonly #fd: number;
+  readonly #decoder: ExitDecoder;
+  readonly #registers: RegisterFile;
+  /** When the run in progress began, in an array because a number of its own would be allocated for each run. */
+  readonly #start = new Float64Array(1);
+  /** The last memory fault, to notice one that repeats. */
+  #fault: { readonly key: string; count: number } | null = null;
+
+  /** @internal */
+  constructor(token: typeof internal, vm: Vm, kernel: Kernel, fd: number, id: number) {
+    guardConstructor(token, 'vm.createVcpu()');
+    super(vm, `vCPU ${id} (fd ${fd})`, closing(kernel, fd));
+    this.id = id;
+    this.#kernel = kernel;
+    this.#vm = vm;
+    this.#fd = fd;
+    this.#decoder = new ExitDecoder(kernel.runPage(fd));
+    this.#registers = registerFile(kernel, fd, (result, request) => this.#check(result, request));
+  }
+
+  /**
+   * Runs the guest on this thread, which does nothing else meanwhile, until the guest needs the host.
+   *
+   * @returns The exit. The objects of port I/O and MMIO are used again by the next run.
+   * @throws KvmError `EFAULT` the guest touched host memory that is not mapped, and the kernel says no more · `EBUSY` it runs already ·
+   *   `ENOEXEC` an arm64 vCPU that was not initialised · `UNSUPPORTED` guest code that the software kernel cannot carry out · `ERR_CLOSED`
+   * @see KVM_RUN
+   */
+  run(given?: RunOptions): Exit {
+    const timeout = this.#timeout(given);
+    this.assertOpen();
+    this.#start[0] = performance.now();
+    return this.#exit(this.#kernel.run(this.#fd, timeout), timeout);
+  }
+
+  /**
+   * The same on a thread of the vCPU's own. An exit costs a hand-over between threads: good for scripts, not for devices.
+   *
+   * @throws as run() · the signal's reason
+   */
+  async runAsync(given?: RunOptions & { readonly signal?: AbortSignal }): Promise<Exit> {
+    const { signal } = given === undefined ? {} : options('options', given);
+    if (signal !== undefined && !(signal instanceof AbortSignal)) throw typeError('signal must be an AbortSignal');
+    const timeout = this.#timeout(given);
+    signal?.throwIfAborted();
+    this.assertOpen();
+    this.#start[0] = performance.now();
+    const kick = (): void => void this.#kernel.kick(this.#fd);
+    signal?.addEventListener('abort', kick, { once: true });
+    try {
+      const result = await this.#kernel.runAsync(this.#fd, timeout);
+      signal?.throwIfAborted();
+      this.assertOpen();
+      return this.#exit(result, timeout);
+    } finally {
+      signal?.removeEventListener('abort', kick);
+    }
+  }
+
+  /** From any thread: the run in progress, or else the next one, ends with 'interrupted'. */
+  kick(): void {
+    this.assertOpen();
+    this.#check(this.#kernel.kick(this.#fd), 'kick');
+  }
+
+  /**
+   * Maps guest memory before the guest touches it. A part that cannot be is left: call again with `remaining`, until its size is 0.
+   *
+   * @param range Guest physical addresses, page-aligned.
+   * @throws KvmError `EOPNOTSUPP` without hardware paging · `ENOENT` no memslot at its start · `EFAULT` no page can be there · `EINVAL`
+   *   unaligned, or a kernel without the call · `ERR_CLOSED`
+   * @see KVM_PRE_FAULT_MEMORY, Linux 6.11, x86_64
+   */
+  preFaultMemory(range: GuestRange): { readonly remaining: GuestRange } {
+    const { address, size } = guestRange('range', range);
+    this.assertOpen();
+    const args = { gpa: BigInt(address), size: BigInt(size), flags: 0 };
+    this.#check(this.#kernel.preFaultMemory(this.#fd, args), 'KVM_PRE_FAULT_MEMORY');
+    return { remaining: { address: Number(args.gpa), size: Number(args.size) } };
+  }
+
+  /**
+   * x86_64: 'rax' … 'r15', 'rip', 'rflags', 'cr0' …, 'efer', 'cs.base' …; aarch64: 'x0' … 'x30', 'sp', 'pc', 'pstate', and the system registers
+   * that set up EL1 ('sctlr_el1' …).
+   *
+   * @see KVM_GET_REGS, KVM_GET_SREGS; KVM_GET_ONE_REG
+   */
+  getRegisters(): Record<string, bigint> {
+    this.assertOpen();
+    return this.#registers.get();
+  }
+
+  /** Sets the registers named; the others stay. */
+  setRegisters(registers: Readonly<Record<string, bigint>>): void {
+    const read = { ...options('registers', registers) };
+    this.assertOpen();
+    this.#registers.set(read);
+  }
+
+  /** @internal */
+  get handle() {
+    return { kernel: this.#kernel, fd: this.#fd, vm: this.#vm };
+  }
+
+  #timeout(given: RunOptions | undefined): number {
+    const { timeout = DEFAULT_TIMEOUT } = given === undefined ? {} : options('options', given);
+    if (typeof timeout !== 'number') throw typeError('timeout must be a number');
+    if (!(timeout >= 0 && timeout <= MAX_TIMEOUT))
+      throw rangeError(`timeout must be 0 to ${MAX_TIMEOUT} milliseconds, got ${timeout}`);
+    return timeout;
+  }
+
+  #exit(result: Result, timeout: number): Exit {
+    if (result >= 0) {
+      this.#fault = null;
+      return this.#decoder.decode();
+    }
+    if (result === -ERRNO.EINTR)
+      return { reason: performance.now() - (this.#start[0] as number) >= timeout ? 'timeout' : 'interrupted' };
+    // Only an errno of a fault makes the reason in kvm_run believable: it may be left over. Contract §13.1.
+    const faults: readonly number[] = [-ERRNO.EFAULT, -ERRNO.EHWPOISON, -ERRNO.ENOMEM];
+    if (faults.includes(result) && this.#decoder.reason === KVM_EXIT.MEMORY_FAULT) return this.#memoryFault(result);
+    if (result === -ERRNO.EOPNOTSUPP && this.#kernel.name === 'software')
+      throw KvmError.unsupported(this.#kernel.explain() ?? 'unknown guest code');
+    throw this.#error(
+      result,
+      'KVM_RUN',
+      result === -ERRNO.EFAULT ? 'the guest touched memory of a slot whose host memory is not there' : null,
+    );
+  }
+
+  #memoryFault(result: Result): Exit {
+    const { address, size, visibility } = this.#decoder.memoryFault();
+    const cause = this.#cause(address, visibility, result);
+    const key = `${address} ${visibility} ${cause}`;
+    this.#fault = this.#fault?.key === key ? { key, count: this.#fault.count + 1 } : { key, count: 1 };
+    return {
+      reason: 'memory-fault',
+      address,
+      size,
+      visibility,
+      cause,
+      code: errnoName(result),
+      repeats: this.#fault.count,
+    };
+  }
+
+  #cause(address: number, visibility: Visibility, result: Result): string {
+    if (result === -ERRNO.EHWPOISON) return 'the page is poisoned';
+    if (result === -ERRNO.ENOMEM) return 'no memory is left for the page';
+    const slot = this.#vm.memslotAt(address);
+    if (!slot) return 'no memslot is there';
+    if (!slot.guestMemfd) return `slot ${slot.slot} has no guest_memfd`;
+    if (slot.guestMemfd.closed) return `the guest_memfd of slot ${slot.slot} is closed`;
+    const known = this.#vm.attributes.at(address);
+    if (known !== visibility) return `the guest wants it ${visibility}, and it is ${known}`;
+    return `slot ${slot.slot} could not give the page`;
+  }
+
+  #check(result: Result, request: string): number {
+    if (result < 0) throw this.#error(result, request, this.#kernel.explain());
+    return result;
+  }
+
+  #error(result: Result, request: string, reason: string | null): KvmError {
+    return systemError(result, { syscall: 'ioctl', request, args: { vcpu: this.id } }, reason);
+  }
+}

@@ -71,7 +71,7 @@ export abstract class VcpuCalls extends MappingCalls {
     cpu.executor ??=
       this.#executors.map((factory) => factory.open(cpu, bus)).find((executor) => executor !== null) ?? null;
     if (!cpu.executor) {
-      return this.refuse('EOPNOTSUPP', 'the software kernel cannot carry out this guest code');
+      return this.refuse('EOPNOTSUPP', 'the software kernel carries out the guest agent only, and this is other code: run it on KVM');
     }
     cpu.running = true;
     try {

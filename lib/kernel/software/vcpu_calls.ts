@@ -71,7 +71,10 @@ export abstract class VcpuCalls extends MappingCalls {
     cpu.executor ??=
       this.#executors.map((factory) => factory.open(cpu, bus)).find((executor) => executor !== null) ?? null;
     if (!cpu.executor) {
-      return this.refuse('EOPNOTSUPP', 'the software kernel carries out the guest agent only, and this is other code: run it on KVM');
+      return this.refuse(
+        'EOPNOTSUPP',
+        'the software kernel runs the guest agent only, and this is other code: use KVM',
+      );
     }
     cpu.running = true;
     try {

@@ -14,20 +14,22 @@ const LIMIT = 120_000;
 /** Runs a program of this folder in a process of its own. */
 export function child(program: string, ...args: string[]): Promise<Outcome> {
   const file = fileURLToPath(new URL(`${program}.js`, import.meta.url));
-  const process_ = spawn(process.execPath, ['--expose-gc', file, ...args], {
+  // env -i drops what the test runner hands down to every child: hooks that catch signals, and take longer than the programs do.
+  const command = ['-i', `PATH=${process.env.PATH ?? ''}`, process.execPath, '--expose-gc', file, ...args];
+  const running = spawn('env', command, {
     stdio: ['ignore', 'pipe', 'pipe'],
     timeout: LIMIT,
     killSignal: 'SIGKILL',
   });
   let [output, errors] = ['', ''];
-  process_.stdout.on('data', (text) => {
+  running.stdout.on('data', (text) => {
     output += text;
   });
-  process_.stderr.on('data', (text) => {
+  running.stderr.on('data', (text) => {
     errors += text;
   });
   return new Promise((resolve) => {
-    process_.on('close', (code, signal) => resolve({ code, signal, output, errors }));
+    running.on('close', (code, signal) => resolve({ code, signal, output, errors }));
   });
 }
 

@@ -1,4 +1,4 @@
-import { readdirSync, rmSync } from 'node:fs';
+import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import {
@@ -22,7 +22,10 @@ const [backendName = 'software', typeName = 'default'] = process.argv.slice(2) a
   'default' | 'sw-protected',
 ];
 
-const SCRATCH = join(tmpdir(), `guest-memfd-hostile-${process.pid}`);
+// Bad values are file names too.
+const FOLDER = mkdtempSync(join(tmpdir(), 'guest-memfd-'));
+const SCRATCH = join(FOLDER, 'scratch');
+process.chdir(FOLDER);
 
 interface World {
   readonly kvm: Kvm;
@@ -524,7 +527,8 @@ for (const each of methods) {
 await properties();
 world.kvm.close();
 world.otherKvm.close();
-rmSync(SCRATCH, { force: true });
+process.chdir('/');
+rmSync(FOLDER, { recursive: true });
 const left = openFiles();
 if (left.length > 0) complain('at the end', `open: ${left}`);
 console.log(JSON.stringify({ calls, problems }));

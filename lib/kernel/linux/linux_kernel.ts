@@ -25,6 +25,7 @@ import {
   O_CLOEXEC,
   O_RDWR,
 } from '../../uapi.ts';
+import { shown } from '../../validate.ts';
 import { bytes, i32, isAligned, isZero, low32, sumExceeds, text, u32, u64 } from '../arguments.ts';
 import type {
   CacheStatus,
@@ -453,7 +454,7 @@ export class LinuxKernel implements Kernel {
     const found = this.#mappings[i32('mapping', mapping)];
     const inside = found && Number.isSafeInteger(offset) && Number.isSafeInteger(length) && offset >= 0 && length >= 0;
     if (!inside || offset + length > found.length)
-      throw new TypeError(`mapping ${mapping} has no bytes ${offset}, +${length}`);
+      throw new TypeError(`mapping ${mapping} has no bytes ${shown(offset)}, +${shown(length)}`);
     if (own) return new Uint8Array(this.#createWindow(mapping, offset, length));
     const span = Math.floor(offset / WINDOW_STEP) * WINDOW_STEP;
     const spanned = offset + length <= span + WINDOW_MAX;

@@ -1,4 +1,4 @@
-// Runs the tests on an addon with the address and undefined-behaviour sanitizers, built in build-sanitize/.
+// Runs the tests on an addon with the address and undefined-behaviour sanitizers, built in build-sanitize/. Arguments go to tap.
 
 import { spawnSync } from 'node:child_process';
 import { createRequire } from 'node:module';
@@ -31,9 +31,12 @@ if (build.status !== 0) {
   process.exit(1);
 }
 
+// The sanitizer keeps freed memory and shadows all of it, so a test of how much is left would measure the sanitizer.
+const given = process.argv.slice(2);
+const tests = given.length > 0 ? given : ['--exclude=dist/test/lifecycle/load.test.js'];
 const compiler = process.env.CXX ?? 'g++';
 const library = (name) => spawnSync(compiler, [`-print-file-name=${name}`], { encoding: 'utf8' }).stdout.trim();
-const { status, signal } = spawnSync(process.execPath, [join(root, 'scripts/test.mjs'), ...process.argv.slice(2)], {
+const { status, signal } = spawnSync(process.execPath, [join(root, 'scripts/test.mjs'), ...tests], {
   cwd: root,
   env: {
     ...process.env,

@@ -20,7 +20,7 @@ const main = join(root, 'dist/lib/cli/main.js');
 const NOBODY = 65534;
 const hasKvm = !('reason' in realKernel());
 // What the environment of the tests says about colours and debugging must not decide.
-const { NO_COLOR, FORCE_COLOR, DEBUG, NODE_OPTIONS, ...env } = process.env;
+const { CI, NO_COLOR, FORCE_COLOR, DEBUG, NODE_OPTIONS, ...env } = process.env;
 
 interface Ran {
   readonly status: number | null;

@@ -104,6 +104,47 @@ await bothWays('pins: EAGAIN until they are let go', async (t, convert, { vm, me
   t.ok(held);
 });
 
+await bothWays('a pin is seen before anything is touched', async (t, convert, { vm, memory, file, P }) => {
+  file.allocate();
+  const view = vm.memory.view(0, P);
+  using pin = file.pin({ offset: 15 * P, size: P });
+  let chunks = 0;
+  const options: ConvertOptions = {
+    chunkSize: P,
+    content: 'zero',
+    onProgress: () => {
+      chunks++;
+    },
+  };
+  t.equal((await rejection(convert(0, 16, 'private', options))).code, 'EAGAIN');
+  t.same([chunks, view.length, file.residentBytes(), memory.closed], [0, P, 16 * P, false]);
+  t.ok(pin);
+});
+
+await bothWays('a pin that comes in the middle stops it', async (t, convert, { vm, memory, file, P }) => {
+  memory.bytes().fill(1);
+  let pin: Disposable | undefined;
+  const onProgress = () => {
+    pin ??= file.pin({ offset: 9 * P, size: P });
+  };
+  t.match(await rejection(convert(0, 16, 'private', { chunkSize: P, onProgress })), {
+    code: 'EAGAIN',
+    errorOffset: 9 * P,
+  });
+  t.same([vm.attributes.privateBytes, memory.residentBytes()], [0, 16 * P]);
+  pin?.[Symbol.dispose]();
+});
+
+await bothWays('views on what becomes private are detached', async (t, convert, { vm, P }) => {
+  const [within, across] = [vm.memory.view(4 * P, P), vm.memory.view(7 * P, 2 * P)];
+  await convert(4, 4, 'private');
+  t.same([within.length, across.length], [0, 0]);
+  await convert(0, 16, 'shared');
+  const view = vm.memory.view(4 * P, P);
+  await convert(0, 16, 'shared');
+  t.equal(view.length, P, 'a conversion to shared takes nothing away');
+});
+
 await bothWays('whatever fails, all is as it was', async (t, convert, { vm, memory, file, P, range }) => {
   memory.bytes().fill(1);
   vm.setMemoryAttributes(range(6, 3), { private: true });

@@ -1,3 +1,4 @@
+import { readdirSync } from 'node:fs';
 import t from 'tap';
 import { GuestMemfd, HostMemory, Kvm, KvmError, Memslot, MiB, Vm } from '../lib/index.ts';
 import { type Backend, backends, errorOf, everywhere, onKvm, refused, withPrivate } from './backends.ts';
@@ -44,6 +45,7 @@ t.test('auto takes KVM where it opens, and says why where it does not', (t) => {
 
 t.test('a device that is not there, or is not KVM', { skip: process.platform !== 'linux' }, (t) => {
   const open = (device: string) => () => Kvm.open({ backend: 'kvm', device });
+  const files = readdirSync('/proc/self/fd').length;
   if (onKvm) {
     refused(t, open('/nonexistent'), 'UNSUPPORTED', '/nonexistent', 'kvm_intel', '--device');
     refused(t, open('/dev/null'), 'UNSUPPORTED', '/dev/null is not KVM');
@@ -53,6 +55,7 @@ t.test('a device that is not there, or is not KVM', { skip: process.platform !==
     t.equal(directory.args.path, '/');
   }
   refused(t, open('/dev/kvm\0'), 'ERR_INVALID_ARG_TYPE');
+  t.equal(readdirSync('/proc/self/fd').length, files, 'what is not KVM is closed again');
   t.end();
 });
 

@@ -23,6 +23,7 @@ import {
   O_CLOEXEC,
   O_RDWR,
 } from '../../uapi.ts';
+import { shown } from '../../validate.ts';
 import { bytes, i32, low32, sumExceeds, text, u32, u64 } from '../arguments.ts';
 import type {
   CacheStatus,
@@ -443,7 +444,7 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
     const found = this.#mappings[i32('mapping', mapping)];
     const inside = found && Number.isSafeInteger(offset) && Number.isSafeInteger(length) && offset >= 0 && length >= 0;
     if (!inside || offset + length > found.length)
-      throw new TypeError(`mapping ${mapping} has no bytes ${offset}, +${length}`);
+      throw new TypeError(`mapping ${mapping} has no bytes ${shown(offset)}, +${shown(length)}`);
     if (own) return new Uint8Array(this.#createWindow(mapping, offset, length));
     const span = Math.floor(offset / WINDOW_STEP) * WINDOW_STEP;
     const spanned = offset + length <= span + WINDOW_MAX;

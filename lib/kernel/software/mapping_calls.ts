@@ -12,6 +12,7 @@ import {
   UFFD_FEATURE_WP_ASYNC,
   UFFDIO_REGISTER_MODE_WP,
 } from '../../uapi.ts';
+import { shown } from '../../validate.ts';
 import { bytes, i32, isAligned, toPages, u64 } from '../arguments.ts';
 import type { Result, U64 } from '../kernel.ts';
 import type { OpenFile } from '../state.ts';
@@ -176,7 +177,7 @@ export abstract class MappingCalls extends FileCalls {
     const found = this.memory.get(i32('mapping', mapping));
     const inside = found && Number.isSafeInteger(offset) && Number.isSafeInteger(length) && offset >= 0 && length >= 0;
     if (!inside || offset + length > found.pages * this.pageSize)
-      throw new TypeError(`mapping ${mapping} has no bytes ${offset}, +${length}`);
+      throw new TypeError(`mapping ${mapping} has no bytes ${shown(offset)}, +${shown(length)}`);
     const view = this.memory.window(found, offset, length);
     if (!view)
       throw new TypeError(`bytes ${offset}, +${length} lie in two windows of the software kernel that cannot be one`);

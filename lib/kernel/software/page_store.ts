@@ -3,10 +3,28 @@ import { RangeMap } from '../../ranges.ts';
 /** A window covers whole spans of this many bytes: the most that one ArrayBuffer can hold on Node 20. */
 const SPAN = 2 ** 32;
 
-interface Extent {
+/** Bytes that are together in one buffer, because they are, or may be, seen through a window. */
+class Extent {
   readonly start: number;
   readonly end: number;
-  buffer: ArrayBuffer;
+  #buffer: ArrayBuffer;
+
+  constructor(start: number, end: number) {
+    this.start = start;
+    this.end = end;
+    this.#buffer = new ArrayBuffer(end - start);
+  }
+
+  /** A new one, of zeros, where somebody has transferred the old one away: its bytes are theirs now. */
+  get buffer(): ArrayBuffer {
+    if (this.#buffer.byteLength === 0) this.#buffer = new ArrayBuffer(this.end - this.start);
+    return this.#buffer;
+  }
+
+  /** Takes the bytes out of every view's reach. */
+  detach(): void {
+    this.#buffer = structuredClone(this.buffer, { transfer: [this.buffer] });
+  }
 }
 
 /**
@@ -23,11 +41,12 @@ export class PageStore {
   /** Of these, the ones that were allocated and never touched: mincore(2) does not count them, cachestat(2) does. */
   readonly #untouched = new RangeMap<true>();
   readonly #pages = new Map<number, Uint8Array>();
-  #extents: Extent[] = [];
+  readonly #extents: Extent[] = [];
   /** Pages that someone may write to without our knowing. */
   readonly #windowed = new RangeMap<true>();
 
   readonly #size: () => number;
+  #zeroPage: Uint8Array | null = null;
 
   /** @param size Bytes of what is stored, which may change: a window's buffer need not be larger. */
   constructor(pageSize: number, size: () => number) {
@@ -140,13 +159,13 @@ export class PageStore {
   detach(offset: number, length: number): void {
     for (const extent of this.#extents) {
       if (extent.start < offset + length && offset < extent.end) {
-        extent.buffer = structuredClone(extent.buffer, { transfer: [extent.buffer] });
+        extent.detach();
       }
     }
   }
 
   #materialize(start: number, end: number): Extent {
-    const extent: Extent = { start, end, buffer: new ArrayBuffer(end - start) };
+    const extent = new Extent(start, end);
     const bytes = new Uint8Array(extent.buffer);
     for (const [page, content] of this.#pages) {
       const at = page * this.pageSize;
@@ -197,14 +216,19 @@ export class PageStore {
     }
   }
 
+  get #zeros(): Uint8Array {
+    this.#zeroPage ??= new Uint8Array(this.pageSize);
+    return this.#zeroPage;
+  }
+
   /** Pages written through a window exist, although no call said so. */
   #noticeWrites(startPage: number, endPage: number): void {
     if (this.#windowed.size === 0) return;
     for (const { start, end } of [...this.#windowed.within(startPage, endPage)]) {
       for (const part of [...this.#present.gaps(start, end), ...this.#untouched.within(start, end)]) {
         for (let page = part.start; page < part.end; page++) {
-          if (this.#bytesAt(page * this.pageSize, (page + 1) * this.pageSize)?.some((byte) => byte !== 0))
-            this.touch(page, page + 1);
+          const bytes = this.#bytesAt(page * this.pageSize, (page + 1) * this.pageSize);
+          if (bytes && Buffer.compare(bytes, this.#zeros) !== 0) this.touch(page, page + 1);
         }
       }
     }

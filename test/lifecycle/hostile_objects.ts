@@ -1,0 +1,534 @@
+import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import {
+  type ConvertOptions,
+  GuestMemfd,
+  GuestMemory,
+  HostMemory,
+  Kvm,
+  KvmError,
+  MemoryAttributes,
+  Memslot,
+  Vm,
+} from '../../lib/index.ts';
+import { openFiles } from '../backends.ts';
+import { all, Mine } from './bad_values.ts';
+
+// Every method and property of every object, with every bad value in every place. Prints what went wrong, as JSON, and how many calls it made.
+
+const [backendName = 'software', typeName = 'default'] = process.argv.slice(2) as [
+  'kvm' | 'software',
+  'default' | 'sw-protected',
+];
+
+// Bad values are file names too.
+const FOLDER = mkdtempSync(join(tmpdir(), 'guest-memfd-'));
+const SCRATCH = join(FOLDER, 'scratch');
+process.chdir(FOLDER);
+
+interface World {
+  readonly kvm: Kvm;
+  readonly vm: Vm;
+  readonly P: number;
+  readonly host: HostMemory;
+  readonly file: GuestMemfd;
+  readonly slot: Memslot;
+  readonly otherVm: Vm;
+  readonly otherKvm: Kvm;
+  readonly foreignHost: HostMemory;
+  readonly foreignFile: GuestMemfd;
+}
+
+function create(): World {
+  const kvm = Kvm.open({ backend: backendName });
+  const otherKvm = Kvm.open({ backend: backendName });
+  const vm = kvm.createVm({ type: typeName });
+  const otherVm = kvm.createVm();
+  const P = kvm.pageSize;
+  const host = kvm.createHostMemory({ size: 16 * P, kind: 'memfd' });
+  const file = vm.createGuestMemfd({ size: 16 * P, mmap: typeName === 'default', initShared: typeName === 'default' });
+  const slot = vm.createMemslot({ address: 0, size: 4 * P, hostMemory: host, logDirtyPages: true });
+  vm.createMemslot({ address: 16 * P, size: 4 * P, hostMemory: host, hostOffset: 4 * P, guestMemfd: file });
+  host.bytes({ offset: 0, size: 2 * P }).fill(1);
+  file.allocate({ offset: 0, size: P });
+  if (typeName !== 'default') vm.setMemoryAttributes({ address: 17 * P, size: P }, { private: true });
+  return {
+    kvm,
+    otherKvm,
+    vm,
+    otherVm,
+    P,
+    host,
+    file,
+    slot,
+    foreignHost: otherKvm.createHostMemory({ size: 16 * P }),
+    foreignFile: otherVm.createGuestMemfd({ size: 16 * P }),
+  };
+}
+
+function openCount(): number {
+  return readdirSync('/proc/self/fd').length;
+}
+
+/** Everything that a refused call must leave alone. */
+function state({ kvm, vm, otherVm, otherKvm, host, file, foreignHost, foreignFile }: World): string {
+  const of = (one: Vm) =>
+    one.closed ? 'closed' : JSON.stringify([one.describe(), one.attributes.privateRanges(), [...one.memslots.keys()]]);
+  const held = [host, file, foreignHost, foreignFile].map((one) => (one.closed ? 'closed' : one.residentBytes()));
+  return JSON.stringify([kvm.closed, otherKvm.closed, of(vm), of(otherVm), held, openCount()]);
+}
+
+type Arguments = readonly unknown[];
+interface Method {
+  readonly name: string;
+  target(world: World): object;
+  /** Arguments that would do. */
+  good(world: World): Arguments;
+}
+
+const method = <T extends object>(
+  target: (world: World) => T,
+  name: keyof T & string,
+  good: (world: World) => Arguments = () => [],
+): Method => ({ name, target, good });
+const page = ({ P }: World) => ({ offset: 0, size: P });
+const range = ({ P }: World) => ({ address: 16 * P, size: P });
+const convertOptions = ({ P }: World): ConvertOptions => ({
+  content: 'unspecified',
+  chunkSize: 2 ** 18 * P,
+  onProgress: () => {},
+  signal: new AbortController().signal,
+});
+
+const methods: readonly Method[] = [
+  {
+    name: 'open',
+    target: () => Kvm,
+    good: () => [
+      {
+        backend: 'software',
+        device: '/dev/kvm',
+        model: { arch: 'x86_64', kernel: '7.3', pageSize: 4096, swProtected: true, tdp: true, pkvm: false },
+      },
+    ],
+  },
+  method(
+    ({ kvm }) => kvm,
+    'checkExtension',
+    () => [3],
+  ),
+  method(
+    ({ kvm }) => kvm,
+    'createVm',
+    () => [{ type: 'default', ipaBits: undefined }],
+  ),
+  method(
+    ({ kvm }) => kvm,
+    'createHostMemory',
+    ({ P }) => [{ size: P, kind: 'anonymous', path: undefined, hugePageSize: undefined, numaNode: 0 }],
+  ),
+  method(
+    ({ kvm }) => kvm,
+    'createHostMemory',
+    ({ P }) => [{ size: P, kind: 'memfd', numaNode: 0 }],
+  ),
+  method(
+    ({ kvm }) => kvm,
+    'createHostMemory',
+    ({ P }) => [{ size: P, kind: 'file', path: SCRATCH }],
+  ),
+  method(
+    ({ kvm }) => kvm,
+    'createHostMemory',
+    () => [{ size: 2 ** 21, kind: 'hugetlb', hugePageSize: 2 ** 21 }],
+  ),
+  method(
+    ({ vm }) => vm,
+    'memslotAt',
+    () => [0],
+  ),
+  method(
+    ({ vm }) => vm,
+    'checkExtension',
+    () => ['GUEST_MEMFD'],
+  ),
+  method(
+    ({ vm }) => vm,
+    'createGuestMemfd',
+    ({ P }) => [{ size: P, mmap: false, initShared: false, flags: 0n }],
+  ),
+  method(
+    ({ vm }) => vm,
+    'createMemslot',
+    ({ P, host, file }) => [
+      {
+        slot: 9,
+        addressSpace: 0,
+        address: 64 * P,
+        size: P,
+        hostMemory: host,
+        hostOffset: 0,
+        guestMemfd: file,
+        guestMemfdOffset: 8 * P,
+        readonly: false,
+        logDirtyPages: false,
+      },
+    ],
+  ),
+  method(
+    ({ vm }) => vm,
+    'createMemslot',
+    ({ P, host }) => [{ address: 64 * P, size: P, hostMemory: host, readonly: true, logDirtyPages: true }],
+  ),
+  method(
+    ({ vm }) => vm,
+    'setMemoryAttributes',
+    (world) => [range(world), { private: true }],
+  ),
+  method(
+    ({ vm }) => vm,
+    'convert',
+    (world) => [range(world), 'private', convertOptions(world)],
+  ),
+  method(
+    ({ vm }) => vm,
+    'convertSync',
+    (world) => [range(world), 'private', convertOptions(world)],
+  ),
+  method(
+    ({ vm }) => vm,
+    'convertSync',
+    (world) => [range(world), 'shared', convertOptions(world)],
+  ),
+  method(({ vm }) => vm, 'describe'),
+  method(({ vm }) => vm, 'close'),
+  method(({ kvm }) => kvm, 'close'),
+  method(
+    ({ slot }) => slot,
+    'move',
+    ({ P }) => [64 * P],
+  ),
+  method(
+    ({ slot }) => slot,
+    'setLogDirtyPages',
+    () => [false],
+  ),
+  method(({ slot }) => slot, 'dirtyPages'),
+  method(
+    ({ slot }) => slot,
+    'clearDirtyPages',
+    (world) => [page(world)],
+  ),
+  method(({ slot }) => slot, 'remove'),
+  ...(['allocate', 'punchHole', 'bytes', 'residentBytes', 'pin'] as const).map((name) =>
+    method(
+      ({ file }) => file,
+      name,
+      (world) => [page(world)],
+    ),
+  ),
+  method(({ file }) => file, 'close'),
+  ...(['discard', 'bytes', 'residentBytes'] as const).map((name) =>
+    method(
+      ({ host }) => host,
+      name,
+      (world) => [page(world)],
+    ),
+  ),
+  method(({ host }) => host, 'close'),
+  method(
+    ({ vm }) => vm.memory,
+    'read',
+    () => [0, 8],
+  ),
+  method(
+    ({ vm }) => vm.memory,
+    'readInto',
+    () => [0, new Uint8Array(8)],
+  ),
+  method(
+    ({ vm }) => vm.memory,
+    'write',
+    () => [0, new Uint8Array(8)],
+  ),
+  method(
+    ({ vm }) => vm.memory,
+    'view',
+    () => [0, 8],
+  ),
+  method(
+    ({ vm }) => vm.attributes,
+    'at',
+    () => [0],
+  ),
+  method(
+    ({ vm }) => vm.attributes,
+    'state',
+    (world) => [range(world)],
+  ),
+  method(
+    ({ vm }) => vm.attributes,
+    'privateRanges',
+    (world) => [range(world)],
+  ),
+  method(
+    ({ vm }) => vm.memslots as Map<number, Memslot>,
+    'get',
+    () => [0],
+  ),
+];
+
+const problems: string[] = [];
+let calls = 0;
+
+function complain(what: string, why: unknown): void {
+  if (problems.length < 60) problems.push(`${what}: ${why instanceof Error ? why.stack : String(why)}`);
+}
+
+/** An error of ours, with a code; or the caller's own, as that of a Proxy which its handler has left, or of a class as a callback. */
+function isTyped(error: unknown): boolean {
+  if (error instanceof Mine) return true;
+  if (error instanceof TypeError && /proxy that has been revoked|Class constructors cannot/.test(error.message))
+    return true;
+  const known = error instanceof KvmError || error instanceof TypeError || error instanceof RangeError;
+  return known && typeof (error as { code?: unknown }).code === 'string';
+}
+
+let world = create();
+let before = state(world);
+
+function renew(): void {
+  world.kvm.close();
+  world.otherKvm.close();
+  world = create();
+  before = state(world);
+}
+
+/** Calls, and judges the error, if any, and what it left. What succeeded may have changed anything, so a new world follows. */
+async function attempt(what: string, call: () => unknown, judge: (error: unknown) => boolean = isTyped): Promise<void> {
+  calls++;
+  let succeeded = false;
+  try {
+    const result = await call();
+    succeeded = true;
+    if (result instanceof Kvm) result.close();
+  } catch (error) {
+    if (!judge(error)) complain(what, error);
+  }
+  try {
+    if (!succeeded && state(world) !== before) complain(what, `changed ${before} to ${state(world)}`);
+    if (succeeded || state(world) !== before) renew();
+  } catch (error) {
+    complain(`${what}, and then`, error);
+    renew();
+  }
+}
+
+const apply = ({ name }: Method, target: unknown, args: Arguments) =>
+  ((target as Record<string, (...args: Arguments) => unknown>)[name] as (...args: Arguments) => unknown).apply(
+    target,
+    args as unknown[],
+  );
+
+async function badArguments(each: Method): Promise<void> {
+  const goodArguments = each.good(world);
+  for (const [label, make] of Object.entries(all)) {
+    for (let index = 0; index < goodArguments.length; index++) {
+      await attempt(`${each.name}(argument ${index}: ${label})`, () => {
+        const args = [...each.good(world)];
+        args[index] = make();
+        return apply(each, each.target(world), args);
+      });
+      const good = goodArguments[index];
+      if (typeof good !== 'object' || good === null || ArrayBuffer.isView(good)) continue;
+      for (const property of Object.keys(good)) {
+        await attempt(`${each.name}(${property}: ${label})`, () => {
+          const args = [...each.good(world)];
+          args[index] = { ...(args[index] as object), [property]: make() };
+          return apply(each, each.target(world), args);
+        });
+      }
+      const inner = (good as { model?: object }).model;
+      for (const property of Object.keys(inner ?? {})) {
+        await attempt(`${each.name}(model.${property}: ${label})`, () =>
+          apply(each, each.target(world), [{ backend: 'software', model: { ...inner, [property]: make() } }]),
+        );
+      }
+    }
+  }
+}
+
+/** What a getter may do while a call reads its arguments. Each destroys something the call is about to use, and lets another take its numbers. */
+const sabotage: Readonly<Record<string, (world: World) => void>> = {
+  'closes the VM': ({ vm, kvm }) => {
+    vm.close();
+    kvm.createVm();
+  },
+  'closes the Kvm': ({ kvm, otherKvm }) => {
+    kvm.close();
+    otherKvm.createVm();
+  },
+  'disposes of the memory': ({ host, kvm, P }) => {
+    host[Symbol.dispose]();
+    kvm
+      .createHostMemory({ size: 16 * P })
+      .bytes()
+      .fill(9);
+  },
+  'disposes of the file': ({ file, vm, P }) => {
+    file[Symbol.dispose]();
+    vm.createGuestMemfd({ size: 16 * P }).allocate();
+  },
+  'removes the slot': ({ slot, vm, P, foreignHost }) => {
+    slot.remove();
+    void foreignHost;
+    vm.createMemslot({ slot: 0, address: 256 * P, size: P, hostMemory: vm.kvm.createHostMemory({ size: P }) });
+  },
+};
+
+async function reentrant(each: Method): Promise<void> {
+  for (const [label, ruin] of Object.entries(sabotage)) {
+    const goodArguments = each.good(world);
+    for (let index = 0; index < goodArguments.length; index++) {
+      const good = goodArguments[index];
+      if (typeof good !== 'object' || good === null || ArrayBuffer.isView(good)) continue;
+      for (const property of Object.keys(good)) {
+        calls++;
+        const { kvm, otherKvm } = world;
+        const what = `${each.name}(${property} ${label})`;
+        const args = [...each.good(world)];
+        const value = (args[index] as Record<string, unknown>)[property];
+        let after = '';
+        args[index] = Object.defineProperty({ ...(args[index] as object) }, property, {
+          enumerable: true,
+          get: () => {
+            if (after === '') {
+              ruin(world);
+              after = survivors(kvm, otherKvm);
+            }
+            return value;
+          },
+        });
+        try {
+          const result = await apply(each, each.target(world), args);
+          if (result instanceof Kvm) result.close();
+        } catch (error) {
+          if (!isTyped(error)) complain(what, error);
+          if (survivors(kvm, otherKvm) !== after) complain(what, `changed ${after} to ${survivors(kvm, otherKvm)}`);
+        }
+        renew();
+      }
+    }
+  }
+}
+
+/** What the process holds: no fd may be added by a call that is refused. */
+function survivors(...kvms: Kvm[]): string {
+  return JSON.stringify([
+    kvms.map(({ closed }) => closed),
+    openCount(),
+    world.foreignHost.closed || world.foreignHost.residentBytes(),
+  ]);
+}
+
+/** Methods on something that is not theirs: the engine refuses private names, with a TypeError of its own. */
+async function tornOff(each: Method): Promise<void> {
+  if (each.target(world) === (Kvm as object)) return;
+  const others: Record<string, (world: World) => unknown> = {
+    undefined: () => undefined,
+    null: () => null,
+    'a number': () => 1,
+    'an object': () => ({}),
+    'its prototype': (world) => Object.getPrototypeOf(each.target(world)),
+    'Object.create(prototype)': (world) => Object.create(Object.getPrototypeOf(each.target(world))),
+    'Object.create(instance)': (world) => Object.create(each.target(world)),
+    'a Proxy': (world) => new Proxy(each.target(world), {}),
+    'another class': (world) => (each.target(world) instanceof Vm ? world.host : world.vm),
+  };
+  const own = (each.target(world) as Record<string, unknown>)[each.name] as (...args: Arguments) => unknown;
+  for (const [label, other] of Object.entries(others)) {
+    await attempt(
+      `${each.name} on ${label}`,
+      () => own.apply(other(world), each.good(world) as unknown[]),
+      (error) => error instanceof TypeError,
+    );
+  }
+}
+
+/** Getters of the prototypes, on something that is not theirs; and properties that a caller overwrites or deletes. */
+async function properties(): Promise<void> {
+  const classes = [Kvm, Vm, Memslot, GuestMemfd, HostMemory, GuestMemory, MemoryAttributes];
+  for (const one of classes) {
+    for (
+      let prototype = one.prototype as object;
+      prototype !== Object.prototype;
+      prototype = Object.getPrototypeOf(prototype)
+    ) {
+      for (const [name, { get }] of Object.entries(Object.getOwnPropertyDescriptors(prototype))) {
+        if (!get) continue;
+        for (const other of [undefined, null, {}, Object.create(one.prototype), one.prototype])
+          await attempt(
+            `get ${one.name}.${name}`,
+            () => get.call(other),
+            (error) => error instanceof TypeError,
+          );
+      }
+    }
+    await attempt(`new ${one.name}`, () => new (one as unknown as new () => object)());
+    await attempt(`Reflect.construct ${one.name}`, () =>
+      Reflect.construct(one as unknown as new () => object, [], Object),
+    );
+    await attempt(`class extends ${one.name}`, () => new (class extends (one as unknown as new () => object) {})());
+  }
+  for (const overwrite of [
+    ({ host }: World) => Object.assign(host, { size: 2 ** 40 }),
+    ({ file }: World) => Object.assign(file, { size: 2 ** 40 }),
+    ({ file }: World) => Object.assign(file, { flags: 3n }),
+    ({ host }: World) => Object.assign(host, { kind: 'file' }),
+    ({ kvm }: World) => Object.assign(kvm, { pageSize: 1 }),
+    ({ vm }: World) => Object.assign(vm, { memory: null, attributes: null, type: 'tdx' }),
+  ]) {
+    const { vm, host, file, P } = world;
+    try {
+      overwrite(world);
+    } catch {}
+    for (const call of [
+      () => vm.createMemslot({ address: 2 ** 30, size: 32 * P, hostMemory: host }),
+      () => vm.createMemslot({ address: 2 ** 31, size: P, hostMemory: host, hostOffset: 20 * P }),
+      () => vm.createMemslot({ address: 2 ** 32, size: 32 * P, guestMemfd: file }),
+      () => host.bytes({ offset: 0, size: 32 * P }),
+      () => host.discard({ offset: 0, size: 32 * P }),
+      () => file.allocate({ offset: 0, size: 32 * P }),
+    ]) {
+      calls++;
+      try {
+        call();
+        complain(`overwritten properties: ${overwrite}, ${call}`, 'went beyond the memory');
+      } catch (error) {
+        if (!(error instanceof Error)) complain('overwritten properties', error);
+      }
+    }
+    try {
+      renew();
+    } catch (error) {
+      complain(`overwritten properties: ${overwrite}, close`, error);
+      world = create();
+      before = state(world);
+    }
+  }
+}
+
+for (const each of methods) {
+  await badArguments(each);
+  await reentrant(each);
+  await tornOff(each);
+}
+await properties();
+world.kvm.close();
+world.otherKvm.close();
+process.chdir('/');
+rmSync(FOLDER, { recursive: true });
+const left = openFiles();
+if (left.length > 0) complain('at the end', `open: ${left}`);
+console.log(JSON.stringify({ calls, problems }));

@@ -236,8 +236,9 @@ int64_t Vcpu::Stop(Reason reason) {
 }
 
 int64_t Vcpu::Kick() {
-  reasons_ |= kKicked;
-  return Stop(kKicked);
+  // One is enough: a storm of signals would keep the run from ending.
+  const bool already = (reasons_.fetch_or(kKicked) & kKicked) != 0;
+  return already ? 0 : Stop(kKicked);
 }
 
 uint64_t Vcpu::Expire(uint64_t now) {

@@ -57,6 +57,14 @@ interface Command {
   readonly args?: readonly bigint[];
 }
 
+/** What boot() found out. */
+interface Settled {
+  readonly place: number;
+  readonly onExit: ExitHandler | null;
+  readonly timeout: number;
+  readonly conversionBy: 'hypercall' | 'doorbell';
+}
+
 const KVM_HC_MAP_GPA_RANGE = 12n;
 const ENCRYPTED = 0x10n;
 /** A piece of work of one entry: on a host that emulates guest code it takes a tenth of a second. */
@@ -119,11 +127,12 @@ export class GuestAgent implements Disposable {
     const { address, onExit, timeout = 10_000 } = options('options', given);
     if (onExit !== undefined && typeof onExit !== 'function') throw typeError('onExit must be a function');
     if (typeof timeout !== 'number') throw typeError('timeout must be a number');
+    const conversionBy = hypercallsExit(vm) ? 'hypercall' : 'doorbell';
     const place = address === undefined ? freePlace(vm) : takenPlace(vm, address);
     const vcpu = vm.createVcpu();
     try {
       initialise(vm, vcpu);
-      return new GuestAgent(internal, vm, vcpu, place, onExit ?? null, timeout);
+      return new GuestAgent(internal, vm, vcpu, { place, onExit: onExit ?? null, timeout, conversionBy });
     } catch (error) {
       vcpu.close();
       throw error;
@@ -131,23 +140,17 @@ export class GuestAgent implements Disposable {
   }
 
   /** @internal */
-  constructor(
-    token: typeof internal,
-    vm: Vm,
-    vcpu: Vcpu,
-    address: number,
-    onExit: ExitHandler | null,
-    timeout: number,
-  ) {
+  constructor(token: typeof internal, vm: Vm, vcpu: Vcpu, settled: Settled) {
     guardConstructor(token, 'GuestAgent.boot()');
     const { arch } = vm.kvm;
     const { bytes: code, start } = agentCode(arch);
+    const { place: address } = settled;
     this.vcpu = vcpu;
-    this.address = address;
-    this.conversionBy = hypercallsExit(vm) ? 'hypercall' : 'doorbell';
+    this.address = settled.place;
+    this.conversionBy = settled.conversionBy;
     this.#vm = vm;
-    this.#onExit = onExit;
-    this.#timeout = timeout;
+    this.#onExit = settled.onExit;
+    this.#timeout = settled.timeout;
     this.#entry = start;
     this.#limit = 2 ** ADDRESS_BITS[arch];
     this.#vmmcall = usesVmmcall(vm) ? 1n : 0n;
@@ -290,7 +293,7 @@ export class GuestAgent implements Disposable {
     this.#busy = true;
     try {
       this.#send({ command: COMMAND.halt });
-      const exit = this.vcpu.run({ timeout: this.#timeout });
+      const exit = this.#enter('halt', null);
       if (exit.reason !== 'hlt' && exit.reason !== 'system-event') throw this.#failure(exit, 'halt', null);
       this.#halted = true;
       return exit;
@@ -334,9 +337,7 @@ export class GuestAgent implements Disposable {
   #untilDone(what: string, range: GuestRange | null): bigint {
     let resumed = false;
     for (;;) {
-      this.#unanswered = false;
-      const exit = this.vcpu.run({ timeout: this.#timeout });
-      this.#unanswered = unanswered.includes(exit.reason);
+      const exit = this.#enter(what, range);
       const rung = this.#rung(exit);
       if (rung === DOORBELL.ready) {
         const mailbox = this.#readMailbox();
@@ -357,6 +358,20 @@ export class GuestAgent implements Disposable {
         this.#handle(exit, what, range, resumed);
       }
       resumed = true;
+    }
+  }
+
+  #enter(what: string, range: GuestRange | null): Exit {
+    this.#unanswered = false;
+    try {
+      const exit = this.vcpu.run({ timeout: this.#timeout });
+      this.#unanswered = unanswered.includes(exit.reason);
+      return exit;
+    } catch (error) {
+      // KVM gives no address with these two. ENOSYS is arm64's word for an instruction on MMIO that it cannot carry out.
+      if (!(error instanceof KvmError) || (error.code !== 'EFAULT' && error.code !== 'ENOSYS')) throw error;
+      const why = error.code === 'EFAULT' ? error.message : 'an atomic access, and no memory is there';
+      throw failed('EFAULT', ERRNO.EFAULT, what, range, { why, cause: error });
     }
   }
 
@@ -530,7 +545,7 @@ function failed(
   errno: number,
   what: string,
   range: GuestRange | null,
-  { why, at }: { why: string; at?: number },
+  { why, at, cause }: { why: string; at?: number; cause?: unknown },
 ): KvmError {
   const where = range ? ` ${formatRange(range.address, range.size)}` : '';
   return new KvmError({
@@ -538,6 +553,7 @@ function failed(
     errno: errno === 0 ? 0 : -errno,
     message: `guest agent, ${what}${where}: ${why} (${code})`,
     args: range ? { ...range } : {},
+    cause,
     ...(at === undefined ? {} : { errorOffset: at }),
   });
 }
@@ -583,12 +599,32 @@ function takenPlace(vm: Vm, address: number): number {
   if (integer('address', address) % pageSize)
     throw rangeError(`address must be a multiple of ${pageSize}, got ${address}`);
   const agent = agentAt(vm, address, AGENT_SIZE);
-  if (!agent) return address;
+  if (!agent) {
+    assertWritable(vm, address);
+    return address;
+  }
   throw new KvmError({
     code: 'EBUSY',
     errno: -ERRNO.EBUSY,
     message: `an agent lives in ${formatRange(agent.address, AGENT_SIZE)}: choose an address 128 KiB away, or leave it to the library`,
   });
+}
+
+/** What the host may write the guest need not be able to. */
+function assertWritable(vm: Vm, address: number): void {
+  for (let at = address; at < address + AGENT_SIZE; ) {
+    const slot = vm.memslotAt(at);
+    if (!slot?.readonly) {
+      at = slot ? slot.address + slot.size : address + AGENT_SIZE;
+      continue;
+    }
+    throw new KvmError({
+      code: 'EFAULT',
+      errno: -ERRNO.EFAULT,
+      message: `the agent cannot live in ${formatRange(address, AGENT_SIZE)}: slot ${slot.slot} is read-only (EFAULT)`,
+      errorOffset: at,
+    });
+  }
 }
 
 /** The first 128 KiB that guest and host share and no agent has. */

@@ -1,3 +1,4 @@
+export { type AgentOptions, type ExitHandler, GuestAgent, type TouchOptions } from './agent/guest_agent.ts';
 export type { VmCapabilities } from './capabilities.ts';
 export type { ConversionReport, ConvertOptions } from './conversion.ts';
 export { ConversionPolicy, type ConversionPolicyOptions, type Verdict } from './conversion_policy.ts';

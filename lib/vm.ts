@@ -254,6 +254,11 @@ export class Vm extends Resource {
     super.close();
   }
 
+  /** @internal */
+  get backing() {
+    return { kernel: this.#kernel, fd: this.#fd };
+  }
+
   #assertIdle(address: number, size: number): void {
     for (const { range } of this.#converting) {
       if (range.address < address + size && address < range.address + range.size) {

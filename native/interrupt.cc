@@ -51,7 +51,7 @@ int64_t PrepareInterrupt() {
 }
 
 void AllowInterrupt(int signal) {
-  const uint64_t mask = uint64_t{1} << (signal - 1);
+  const uint64_t mask = SignalBit(signal);
   Syscall(SYS_rt_sigprocmask, SIG_UNBLOCK, &mask, nullptr, sizeof mask);
 }
 

@@ -8,6 +8,9 @@
 #include <cstdint>
 #include <vector>
 
+// A signal in the kernel's mask of signals.
+constexpr uint64_t SignalBit(int signal) { return uint64_t{1} << (signal - 1); }
+
 // The signal as it is now; 0 before the first.
 int InterruptSignal();
 // All that it could become.

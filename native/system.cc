@@ -24,10 +24,12 @@ int64_t Open(Environment& environment, const char* path) {
   return environment.Own(Syscall(SYS_openat, AT_FDCWD, path, command.i32(0), command.u32(1)));
 }
 
-// KVM_CREATE_VM. command: [kvm, type]
+// KVM_CREATE_VM; what its vCPUs will need of /dev/kvm is asked now, while it is at hand. command: [kvm, type]
 int64_t CreateVm(Environment& environment) {
   const Command& command = environment.command();
-  return environment.Own(Syscall(SYS_ioctl, command.i32(0), uapi::kCreateVm, command.u64(1)));
+  const int64_t fd = environment.Own(Syscall(SYS_ioctl, command.i32(0), uapi::kCreateVm, command.u64(1)));
+  if (fd >= 0) RunPageSize(command.i32(0));
+  return fd;
 }
 
 constexpr Function kTable[] = {

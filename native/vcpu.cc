@@ -1,6 +1,5 @@
 // Calls on a vCPU file descriptor. It is usable on the thread that created it; only kicks come from anywhere.
 
-#include <fcntl.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -12,43 +11,28 @@
 
 namespace {
 
-// KVM_GET_VCPU_MMAP_SIZE, which only /dev/kvm knows; or -errno.
-int64_t PageSizeOfVcpus() {
-  static std::atomic<int64_t> known = 0;
-  if (known > 0) return known;
-  const int64_t kvm = Syscall(SYS_openat, AT_FDCWD, "/dev/kvm", O_RDWR | O_CLOEXEC, 0);
-  if (kvm < 0) return kvm;
-  const int64_t size = Syscall(SYS_ioctl, kvm, uapi::kGetVcpuMmapSize, 0);
-  close(static_cast<int>(kvm));
-  if (size > 0) known = size;
-  return size;
+int64_t AddVcpu(Environment& environment, int fd, size_t size) {
+  void* address = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (address == MAP_FAILED) return -errno;
+  Mapping* page = new Mapping;
+  page->address = static_cast<uint8_t*>(address);
+  page->length = size;
+  Vcpu* vcpu = new Vcpu(fd, page);
+  environment.AddVcpu(vcpu);
+  const int64_t result = Watch(vcpu);
+  if (result < 0) environment.RemoveVcpu(fd);
+  return result;
 }
 
 // KVM_CREATE_VCPU, with its kvm_run mapped. command: [vm, id]
 int64_t CreateVcpu(Environment& environment) {
   const Command& command = environment.command();
-  const int64_t created = Syscall(SYS_ioctl, command.i32(0), uapi::kCreateVcpu, command.u64(1));
-  if (created < 0) return created;
-  const int fd = static_cast<int>(created);
-  int64_t result = PageSizeOfVcpus();
-  if (result > 0) {
-    const size_t size = static_cast<size_t>(result);
-    void* address = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (address == MAP_FAILED) {
-      result = -errno;
-    } else {
-      Mapping* page = new Mapping;
-      page->address = static_cast<uint8_t*>(address);
-      page->length = size;
-      environment.AddVcpu(new Vcpu(fd, page));
-      environment.Own(fd);
-      result = Watch(environment.FindVcpu(fd));
-      if (result == 0) return fd;
-      environment.Disown(fd);
-      environment.RemoveVcpu(fd);
-    }
-  }
-  close(fd);
+  const int64_t size = RunPageSize(-1);
+  const int64_t fd = Syscall(SYS_ioctl, command.i32(0), uapi::kCreateVcpu, command.u64(1));
+  if (fd < 0) return fd;
+  const int64_t result = size < 0 ? size : AddVcpu(environment, static_cast<int>(fd), static_cast<size_t>(size));
+  if (result == 0) return environment.Own(fd);
+  close(static_cast<int>(fd));
   return result;
 }
 

@@ -1,9 +1,11 @@
 #include "vcpu_run.h"
 
+#include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/ioctl.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -89,16 +91,15 @@ class Watcher {
 
 // Starts a thread that takes no signal of the process, except those of its own faults and whatever may interrupt a run.
 int StartThread(uv_thread_t* thread, uv_thread_cb entry, void* argument) {
-  sigset_t blocked, before;
-  sigfillset(&blocked);
-  for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS}) sigdelset(&blocked, signal);
-  for (const int signal : InterruptSignals()) sigdelset(&blocked, signal);
-  pthread_sigmask(SIG_SETMASK, &blocked, &before);
+  uint64_t blocked = ~uint64_t{0}, before = 0;
+  for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS}) blocked &= ~SignalBit(signal);
+  for (const int signal : InterruptSignals()) blocked &= ~SignalBit(signal);
+  Syscall(SYS_rt_sigprocmask, SIG_SETMASK, &blocked, &before, sizeof blocked);
   uv_thread_options_t options = {};
   options.flags = UV_THREAD_HAS_STACK_SIZE;
   options.stack_size = kStack;
   const int result = uv_thread_create_ex(thread, &options, entry, argument);
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  Syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, nullptr, sizeof before);
   return result;
 }
 
@@ -139,6 +140,17 @@ uint64_t Now() {
 uint64_t After(uint64_t duration) {
   const uint64_t now = Now();
   return duration < kNever - now ? now + duration : kNever;
+}
+
+int64_t RunPageSize(int kvm) {
+  static std::atomic<int64_t> known = 0;
+  if (known > 0) return known;
+  const int64_t fd = kvm >= 0 ? kvm : Syscall(SYS_openat, AT_FDCWD, "/dev/kvm", O_RDWR | O_CLOEXEC, 0);
+  if (fd < 0) return fd;
+  const int64_t size = Syscall(SYS_ioctl, fd, uapi::kGetVcpuMmapSize, 0);
+  if (kvm < 0) close(static_cast<int>(fd));
+  if (size > 0) known = size;
+  return size;
 }
 
 int64_t Watch(Vcpu* vcpu) { return Watcher::Get().Add(vcpu); }
@@ -188,7 +200,7 @@ int64_t Vcpu::RunClaimed(pid_t thread, uint64_t deadline) {
   const uint32_t reasons = reasons_;
   if (reasons != 0 || at_once) {
     // A kick that did not end this run is still there for the next.
-    reasons_ &= result == -EINTR ? 0 : kKicked;
+    reasons_ &= result == -EINTR ? 0u : uint32_t{kKicked};
     // What the program wrote there itself stays, as it does in the kernel.
     if (!asked) *immediate_exit_ = 0;
   }
@@ -224,8 +236,9 @@ int64_t Vcpu::Stop(Reason reason) {
 }
 
 int64_t Vcpu::Kick() {
-  reasons_ |= kKicked;
-  return Stop(kKicked);
+  // One is enough: a storm of signals would keep the run from ending.
+  const bool already = (reasons_.fetch_or(kKicked) & kKicked) != 0;
+  return already ? 0 : Stop(kKicked);
 }
 
 uint64_t Vcpu::Expire(uint64_t now) {

@@ -79,6 +79,10 @@ class Vcpu {
   napi_threadsafe_function ended_ = nullptr;
 };
 
+// KVM_GET_VCPU_MMAP_SIZE, as /dev/kvm said when it was asked first. `kvm` is it, or -1 to ask only if nobody has. Or
+// -errno.
+int64_t RunPageSize(int kvm);
+
 // Makes a vCPU known to kicks and deadlines; 0 or -errno.
 int64_t Watch(Vcpu* vcpu);
 void Unwatch(Vcpu* vcpu);

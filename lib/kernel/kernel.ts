@@ -90,7 +90,7 @@ export interface Kernel {
   // ── any fd
   /**
    * ioctl(2) with a request by number. An argument ≥ 4096 is accepted only for KVM requests that pass it by value, because any other
-   * would be taken for an address: EFAULT.
+   * would be taken for an address: EFAULT. KVM_RUN is EINVAL: a run has a deadline.
    */
   ioctl(fd: number, request: number, argument: U64): Result;
 

@@ -19,17 +19,17 @@ const LONGEST = 2 ** 62;
 
 /** A vCPU keeps its VM. */
 class VcpuFile extends OpenFile {
-  readonly #vm: VmFile | undefined;
+  readonly vm: VmFile | undefined;
   /** Made when it is asked for. */
   page: Uint8Array | null = null;
 
   constructor(vm: VmFile | undefined) {
     super('vcpu');
-    this.#vm = vm?.hold();
+    this.vm = vm?.hold();
   }
 
   protected override released(): void {
-    this.#vm?.drop();
+    this.vm?.drop();
   }
 }
 
@@ -154,8 +154,9 @@ export abstract class VcpuCalls extends LinuxCalls {
   #runCommand(vcpu: number, deadline: number): void {
     if (typeof deadline !== 'number' || !(deadline >= 0))
       throw new TypeError('deadline must be a number of milliseconds');
-    const own = this.own(vcpu);
-    this.command.i32(0, own).u64(1, Math.min(Math.ceil(deadline * 1e6), LONGEST));
+    const file = this.files.get(i32('vcpu', vcpu));
+    if (file instanceof VcpuFile && file.vm) file.vm.hasRun = true;
+    this.command.i32(0, file ? vcpu : -1).u64(1, Math.min(Math.ceil(deadline * 1e6), LONGEST));
   }
 
   #struct(fd: number, request: number, data: Uint8Array, array: boolean): Result {

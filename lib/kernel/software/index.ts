@@ -1,3 +1,4 @@
+import { agentExecutors } from '../../agent/executor.ts';
 import type { ModelOptions } from '../../model_options.ts';
 import { SoftwareKernel } from './software_kernel.ts';
 
@@ -8,5 +9,7 @@ import { SoftwareKernel } from './software_kernel.ts';
  * @throws RangeError `ERR_OUT_OF_RANGE` for a version, architecture or combination that the model does not play
  */
 export function softwareKernel(model: ModelOptions = {}): SoftwareKernel {
-  return new SoftwareKernel(model);
+  const kernel = new SoftwareKernel(model);
+  kernel.addExecutor(agentExecutors);
+  return kernel;
 }

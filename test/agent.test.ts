@@ -1,9 +1,8 @@
 // The guest agent: the same script over real KVM and over software kernels, in memory that is the host's, a mappable guest_memfd's, or a pair.
-import { accessSync, constants, existsSync } from 'node:fs';
-import { fileURLToPath } from 'node:url';
 import t from 'tap';
 import { type Exit, GiB, GuestAgent, type GuestMemfd, type HostMemory, KiB, Kvm, MiB, type Vm } from '../lib/index.ts';
 import type { ModelOptions } from '../lib/model_options.ts';
+import { realKernel } from './kvm_host.ts';
 
 type Test = typeof t;
 
@@ -42,20 +41,10 @@ const places: Place[] = [
   software('aarch64 with 64 KiB pages', { arch: 'aarch64', pageSize: 64 * KiB }),
 ];
 
-/** Whether KVM opens here, or why not. */
-function kvmIsMissing(): string | null {
-  const addon = fileURLToPath(new URL('../../build/Release/guest_memfd.node', import.meta.url));
-  if (!existsSync(addon)) return 'no addon';
-  try {
-    accessSync('/dev/kvm', constants.R_OK | constants.W_OK);
-  } catch {
-    return 'no access to /dev/kvm';
-  }
-  return null;
-}
-
-const missing = kvmIsMissing();
-if (missing) t.pass(`not on real KVM: ${missing}`);
+const kernel = realKernel();
+const missing = 'reason' in kernel ? kernel : null;
+if (missing && !missing.excusable) t.fail(missing.reason);
+else if (missing) t.pass(`not on real KVM: ${missing.reason}`);
 else {
   places.push({ name: 'KVM, host memory', open: () => Kvm.open({ backend: 'kvm' }), memory: 'host' });
   using kvm = Kvm.open({ backend: 'kvm' });

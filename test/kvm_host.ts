@@ -1,6 +1,6 @@
 import { accessSync, constants, existsSync } from 'node:fs';
 import { delimiter, join } from 'node:path';
-import { type Kernel, linuxKernel } from '../lib/kernel/index.ts';
+import { type LinuxKernel, linuxKernel } from '../lib/kernel/linux/linux_kernel.ts';
 import { errnoName } from '../lib/uapi.ts';
 
 /** Why tests cannot run on real KVM here, and whether that is a host that lacks something (not a build that failed). */
@@ -16,9 +16,9 @@ function compiler(): string | undefined {
 }
 
 /** The running kernel, where its /dev/kvm opens. */
-export function realKernel(): Kernel | NoKvm {
+export function realKernel(): LinuxKernel | NoKvm {
   if (process.platform !== 'linux') return { reason: `this is ${process.platform}`, excusable: true };
-  let kernel: Kernel;
+  let kernel: LinuxKernel;
   try {
     kernel = linuxKernel();
   } catch (error) {

@@ -1,11 +1,12 @@
 import { spawn } from 'node:child_process';
-import { accessSync, constants, readdirSync, readFileSync } from 'node:fs';
+import { readdirSync, readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import v8 from 'node:v8';
 import { Worker } from 'node:worker_threads';
 import t from 'tap';
-import { type LinuxKernel, linuxKernel } from '../lib/kernel/linux/linux_kernel.ts';
+import type { LinuxKernel } from '../lib/kernel/linux/linux_kernel.ts';
 import { ERRNO, KVM_IOEVENTFD, KVM_IRQFD, KVM_RUN, KVM_SET_USER_MEMORY_REGION } from '../lib/uapi.ts';
+import { realKernel } from './kvm_host.ts';
 import { createGuest, endless, KVM_GET_REGS, KVM_SET_REGS, portLoop } from './linux_guest.ts';
 
 const { EBADF, EBUSY, EEXIST, EFAULT, EINTR, EINVAL, E2BIG } = ERRNO;
@@ -15,19 +16,12 @@ const [IO, HLT, MMIO] = [2, 5, 6];
 /** What no test waits for: a run that ends because of it has lost its kick. */
 const LONG = 60_000;
 
-const kernel = open();
-if (!kernel) t.plan(0, 'needs x86-64, /dev/kvm and the addon');
-else run(kernel);
-
-function open(): LinuxKernel | null {
-  if (process.arch !== 'x64') return null;
-  try {
-    accessSync('/dev/kvm', constants.R_OK | constants.W_OK);
-    return linuxKernel();
-  } catch {
-    return null;
-  }
-}
+const kernel = realKernel();
+if ('reason' in kernel) {
+  if (kernel.excusable) t.pass(`not on real KVM: ${kernel.reason}`);
+  else t.fail(kernel.reason);
+} else if (kernel.arch === 'x86_64') run(kernel);
+else t.pass('the guests of these tests are x86-64 code');
 
 function run(kernel: LinuxKernel): void {
   const guest = (code: readonly number[]) => createGuest(kernel, code);

@@ -18,6 +18,7 @@
         'native/mapping.cc',
         'native/struct.cc',
         'native/system.cc',
+        'native/unicorn.cc',
         'native/vcpu.cc',
         'native/vcpu_run.cc',
         'native/vm.cc',

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "command.h"
+#include "unicorn.h"
 
 // The bytes of a Uint8Array argument.
 struct Bytes {
@@ -98,6 +99,8 @@ class Environment {
   // Detaches an ArrayBuffer made by CreateWindow; 0 or -errno.
   int64_t DetachWindow(napi_value buffer);
 
+  Engines& engines() { return engines_; }
+
   // A pipe of this environment for copies, empty; 0 or -errno.
   int64_t Pipe(int ends[2]);
   // Closes the pipe with whatever is in it.
@@ -123,4 +126,5 @@ class Environment {
   size_t expected_runs_ = 0;
   uint8_t* scratch_ = nullptr;
   int pipe_[2] = {-1, -1};
+  Engines engines_;
 };

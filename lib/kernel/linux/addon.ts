@@ -91,6 +91,19 @@ export interface Addon {
   window(): ArrayBuffer | number; // [mapping, offset, length]; EOPNOTSUPP without external buffers, EFBIG past the longest
   detach(window: ArrayBuffer): number; // EINVAL unless it is an attached window
   munmap(): number; // [mapping]; detaches its windows first
+
+  // ── libunicorn 2, opened at run time: an engine that is not in use is EBADF, what the library refuses EINVAL
+  unicornLoad(): number; // ENOENT without the library
+  unicornOpen(): number; // [arch, mode]; an engine
+  unicornClose(): number; // [engine]
+  unicornMap(): number; // [engine, address, size, permissions]
+  unicornUnmap(): number; // [engine, address, size]
+  unicornProtect(): number; // [engine, address, size, permissions]
+  unicornWrite(source: Uint8Array): number; // [engine, address]
+  unicornRead(target: Uint8Array): number; // [engine, address]
+  unicornSetRegister(value: Uint8Array): number; // [engine, register]
+  unicornGetRegister(value: Uint8Array): number; // [engine, register]
+  unicornStart(): number; // [engine, pc, instructions, has answer, answer] → [event, address, size, value, last pc, is there a next, next pc]
 }
 
 /** A place where the addon could have been, and why it is not loaded from there. */

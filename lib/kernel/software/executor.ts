@@ -64,4 +64,6 @@ export interface Executor {
 export interface ExecutorFactory {
   /** An executor for this vCPU, null when the code at its program counter is not for it. */
   open(vcpu: SoftwareVcpu, bus: GuestBus): Executor | null;
+  /** What would let it take other code: a command, or a state to be in. */
+  readonly advice?: string;
 }

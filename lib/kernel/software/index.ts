@@ -1,6 +1,7 @@
 import { agentExecutors } from '../../agent/executor.ts';
 import type { ModelOptions } from '../../model_options.ts';
 import { SoftwareKernel } from './software_kernel.ts';
+import { unicornExecutors } from './unicorn_executor.ts';
 
 /**
  * A kernel of its own, in this process: no state is shared between two calls, and nothing of the host is touched, except files opened
@@ -11,5 +12,6 @@ import { SoftwareKernel } from './software_kernel.ts';
 export function softwareKernel(model: ModelOptions = {}): SoftwareKernel {
   const kernel = new SoftwareKernel(model);
   kernel.addExecutor(agentExecutors);
+  kernel.addExecutor(unicornExecutors);
   return kernel;
 }

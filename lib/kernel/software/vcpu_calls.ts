@@ -71,10 +71,8 @@ export abstract class VcpuCalls extends MappingCalls {
     cpu.executor ??=
       this.#executors.map((factory) => factory.open(cpu, bus)).find((executor) => executor !== null) ?? null;
     if (!cpu.executor) {
-      return this.refuse(
-        'EOPNOTSUPP',
-        'the software kernel runs the guest agent only, and this is other code: use KVM',
-      );
+      const advice = this.#executors.map((factory) => factory.advice).find((text) => text !== undefined);
+      return this.refuse('EOPNOTSUPP', `not the agent's code: ${advice ?? 'use KVM'}`);
     }
     cpu.running = true;
     try {

@@ -34,7 +34,13 @@ type Pending =
   | { readonly kind: 'in'; readonly size: number; readonly isString: boolean }
   | { readonly kind: 'mmio'; readonly asked: readonly Asked[] };
 
-/** Carries out guest code with libunicorn: any code, in the modes of unicorn_cpu.ts. */
+/**
+ * Carries out guest code with libunicorn, in the modes of unicorn_cpu.ts. For code that its user wrote, not for hostile code: libunicorn 2.0.1
+ * aborts the process when it translates certain invalid instructions (a far jump through a register, FF E8).
+ *
+ * Not carried over: a switch of mode or of paging by the guest, exceptions of protected and 64-bit mode with a handler (both end as internal
+ * errors), the x87 registers, and accessed and dirty bits of page tables. Other page tables are used from the next slice or exit on.
+ */
 export const unicornExecutors: ExecutorFactory = {
   get advice(): string {
     const library = unicornLibrary();

@@ -248,6 +248,8 @@ export class SoftwareKernel extends VcpuCalls implements Kernel {
     const file = this.file(i32('kvm', fd));
     if (!file) return this.badFd(fd);
     if (file.kind === 'kvm') return null;
+    if (file instanceof VmFile && !this.#ownVms.has(file))
+      return this.refuse('EIO', 'the VM belongs to another process');
     return file.kind === 'vm' ? this.#unknownVmRequest(0) : this.refuse('ENOTTY', 'not /dev/kvm');
   }
 

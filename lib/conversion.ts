@@ -121,7 +121,23 @@ export class Conversion {
     return next.value;
   }
 
-  async run(): Promise<ConversionReport> {
+  /** Runs when those before it have ended; an abort does not wait for them. */
+  async runAfter(others: Promise<unknown>): Promise<ConversionReport> {
+    const signal = this.#signal;
+    let abort = (): void => {};
+    const aborted = new Promise<never>((_resolve, reject) => {
+      abort = () => reject(signal?.reason);
+    });
+    signal?.addEventListener('abort', abort);
+    try {
+      await Promise.race([others, aborted]);
+    } finally {
+      signal?.removeEventListener('abort', abort);
+    }
+    return this.#run();
+  }
+
+  async #run(): Promise<ConversionReport> {
     const steps = this.#steps();
     let rested = performance.now();
     let next = steps.next();

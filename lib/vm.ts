@@ -197,8 +197,9 @@ export class Vm extends Resource {
     const conversion = new Conversion(this.#owner, guestRange('range', range), to, given);
     this.assertOpen();
     this.#converting.add(conversion);
-    const result = this.#lastConversion.then(() => conversion.run());
-    this.#lastConversion = result.catch(() => {});
+    const before = this.#lastConversion;
+    const result = conversion.runAfter(before);
+    this.#lastConversion = Promise.allSettled([before, result]);
     try {
       return await result;
     } finally {

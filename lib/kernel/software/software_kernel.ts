@@ -30,6 +30,7 @@ import { isSameRegion, memslotRules } from '../rules/memslot.ts';
 import { applyEnableCap, createVmRules, enableCapRules, vmType } from '../rules/vm.ts';
 import { OpenFile, type RegionRequest, VmFile } from '../state.ts';
 import { SoftwareGuestMemfd } from './software_files.ts';
+import { SoftwareVcpu } from './vcpu.ts';
 import { VcpuCalls } from './vcpu_calls.ts';
 
 /** A kernel in TypeScript: the whole of the contract that needs no vCPU, as one process sees it. */
@@ -66,6 +67,7 @@ export class SoftwareKernel extends VcpuCalls implements Kernel {
       }
       return this.refuse('EINVAL', `/dev/kvm has no request ${hex(number)}`);
     }
+    if (file instanceof SoftwareVcpu) return this.vcpuIoctl(fd, number);
     if (!(file instanceof VmFile)) return this.refuse('ENOTTY', 'this kind of file has no ioctls');
     const refused = this.vm(fd);
     if (typeof refused === 'number') return refused;

@@ -1,4 +1,5 @@
-import { ERRNO } from '../../uapi.ts';
+import { hex } from '../../format.ts';
+import { ERRNO, KVM_RUN } from '../../uapi.ts';
 import { bytes, i32, isAligned, isZero, toPages, u32, u64, wraps } from '../arguments.ts';
 import type { DeviceAttr, Result, U64 } from '../kernel.ts';
 import type { VmFile } from '../state.ts';
@@ -186,7 +187,7 @@ export abstract class VcpuCalls extends MappingCalls {
       return 0;
     }
     const kind = vcpuStructs(this.machine.isArm).get(number);
-    if (!kind) return this.refuse('EINVAL', `the software kernel has no vCPU request 0x${number.toString(16)}`);
+    if (!kind) return this.refuse('EINVAL', `the software kernel has no vCPU request ${hex(number)}`);
     const handled = variableSize(cpu, number, struct);
     if (handled !== null) return this.answer(handled);
     const stored = cpu.structs.get(kind.reads) ?? new Uint8Array(size);
@@ -197,6 +198,16 @@ export abstract class VcpuCalls extends MappingCalls {
       cpu.executor = null;
     }
     return 0;
+  }
+
+  /** A request by number, whose argument is no address. */
+  protected vcpuIoctl(fd: number, request: number): Result {
+    const cpu = this.#vcpu(fd);
+    if (typeof cpu === 'number') return cpu;
+    if (request === KVM_RUN) return this.refuse('EINVAL', 'a run needs a deadline: call run');
+    return vcpuStructs(this.machine.isArm).has(request) || (request === KVM_ARM_VCPU_INIT && this.machine.isArm)
+      ? this.refuse('EFAULT', 'the argument is not a readable address')
+      : this.refuse('EINVAL', `vCPUs have no request ${hex(request)}`);
   }
 
   /** struct kvm_vcpu_init: the generic ARMv8 target, and no features. */

@@ -401,6 +401,24 @@ t.test('examples', async (t) => {
   t.match(out, /Without the discard 48 MiB of 112 MiB are held twice\./);
   const hello = node([join(root, 'dist/examples/hello.js'), 'software']).out;
   t.match(hello, /hello, guest\n4096 bytes given back; private now: \[ \{ address: 16777216, size: 8388608 \} \]/);
+  const printed = (name: string, args: readonly string[]): string => {
+    const { out } = node([join(root, 'dist/examples', name), ...args]);
+    t.ok(longestLine(out) <= 80, `${name} ${args.join(' ')} fits 80 columns`);
+    return out;
+  };
+  const talk = printed('private-conversation.js', ['software']);
+  t.match(talk, /host {3}is refused with EFAULT at 0x200000:\n.*it is private/);
+  t.match(talk, /asks for shared: the answer is -13, the page is private\nguest {2}still reads 'swordfish'/);
+  t.match(talk, /host {3}reads {2}'·{9}': what was private never comes out/);
+  for (const args of backends) {
+    const two = printed('two-vcpus.js', args);
+    t.match(two, /received: 'one page seen by two vCPUs'; the mailbox was full 5 times/);
+    t.match(two, /the lock was free for vCPU 0, and then vCPU 0's\nboth read the same memory: true/);
+    const map = printed('who-touched-what.js', args);
+    t.match(map, /RAM │·WWW·W··W·{4}W·{7}W·{12}W·{5}WWWW·{12}[x·]·{7}│/);
+    t.match(map, /ROM, nothing │·{12}!!··\?{4} {3}!! {39}│/);
+    t.match(map, /Asked again, it names 0\./);
+  }
 });
 
 t.test('the map', async (t) => {

@@ -83,7 +83,12 @@ export class SoftwareBus implements GuestBus {
     const index = Math.floor(inSlot / pageSize);
     slot.mapped ??= new RangeMap();
     // On x86 with hardware paging a first read maps a page that is there writable at once, and counts as a write. Contract §16.
-    const mapsWritable = this.#vm.machine.tdp && !this.#vm.machine.isArm && !slot.mapped.get(index);
+    const mapsWritable =
+      this.#vm.machine.tdp &&
+      !this.#vm.machine.isArm &&
+      !(slot.flags & KVM_MEM_READONLY) &&
+      !slot.mapped.get(index) &&
+      found.mapping.accessible(page, page + 1, PROT_READ | PROT_WRITE) > 0;
     const dirties = slot.dirty && (write || (mapsWritable && this.#memory.isPresent(found.mapping, page)));
     const result = write
       ? this.#memory.poke(found.mapping, found.offset, bytes)

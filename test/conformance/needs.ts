@@ -53,6 +53,7 @@ export const emulated = need('guest code is not emulated', (s) => {
   s.slot(vm);
   return matches(s.guest(vm).get(0), ['MMIO read', 0]);
 });
+export const logsWritesOnly = need('TDP, which logs some reads', (s) => s.kernel.arch === 'aarch64' || noTdp.met(s));
 export const smm = need('no SMM address space', (s) => s.cap(s.vm(), 'MULTI_ADDRESS_SPACE') === 2);
 export const gmemOnDefaultVm = need('no guest_memfd on a default VM', (s) => s.cap(s.vm(), 'GUEST_MEMFD') === 1);
 export const gmemSlots = need(

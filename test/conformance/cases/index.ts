@@ -3,7 +3,7 @@ import { boundary } from './boundary.ts';
 import { dirtyLog, guestDirtyLog } from './dirty_log.ts';
 import { fallocate } from './fallocate.ts';
 import { fileOperations } from './file.ts';
-import { guestAccess, privateAccess, runs } from './guest_access.ts';
+import { guestAccess, privateAccess, protectedAccess, runs } from './guest_access.ts';
 import { createGuestMemfd } from './guest_memfd.ts';
 import { hypercalls } from './hypercall.ts';
 import { lifetimes, protectedSlots } from './lifetime.ts';
@@ -33,6 +33,7 @@ export const sections: readonly Section[] = [
   memoryAttributes,
   guestAccess,
   privateAccess,
+  protectedAccess,
   runs,
   preFault,
   hypercalls,

@@ -39,9 +39,12 @@ export function useKvm(kernel: Kernel, [kvm = -1]: readonly number[]): number[] 
   return [kernel.checkExtension(kvm, KVM_CAP.USER_MEMORY), kernel.getApiVersion(kvm), kernel.createVm(kvm, 0)];
 }
 
-/** A request on the parent's vCPU. */
+/** Requests on the parent's vCPU: one that copies a struct, one that would be refused for its flags. */
 export function useVcpu(kernel: Kernel, [vcpu = -1]: readonly number[]): number[] {
-  return [kernel.ioctlStruct(vcpu, KVM_GET_MP_STATE, new Uint8Array(4))];
+  return [
+    kernel.ioctlStruct(vcpu, KVM_GET_MP_STATE, new Uint8Array(4)),
+    kernel.preFaultMemory(vcpu, { gpa: 0n, size: 0n, flags: 1 }),
+  ];
 }
 
 export function punchFirstPage(kernel: Kernel, [file = -1]: readonly number[]): number[] {

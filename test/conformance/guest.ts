@@ -12,7 +12,7 @@ import {
   TABLE_PAGES,
 } from '../../lib/agent/protocol.ts';
 import { KVM_EXIT } from '../../lib/exit.ts';
-import { registerFile } from '../../lib/registers.ts';
+import { type RegisterFile, registerFile } from '../../lib/registers.ts';
 import { ERRNO, GiB, MiB } from '../../lib/uapi.ts';
 import type { Expected, Outcome, Scenario } from './scenario.ts';
 
@@ -41,6 +41,11 @@ export const unexplained: Expected = ['EFAULT', KVM_EXIT.UNKNOWN];
 export const mmioRead = (page: number): Expected => ['MMIO read', page];
 export const mmioWrite = (page: number, value: number): Expected => ['MMIO write', page, value];
 
+/** VMCALL, or VMMCALL where the CPU has that. */
+export function hypercallCode(s: Scenario): readonly number[] {
+  return [0x0f, 0x01, usesVmmcall({ backing: { kernel: s.kernel, fd: -1 } }) ? 0xd9 : 0xc1];
+}
+
 /** Where the guest's code is, as a page number. */
 export function codePage(s: Scenario): number {
   return Math.floor((HOME + LAYOUT.code) / s.P);
@@ -61,7 +66,7 @@ export class Guest {
   readonly #memory: number;
   readonly #tables: PageTables;
   readonly #enter: () => void;
-  readonly #setRegisters: (registers: Readonly<Record<string, bigint>>) => void;
+  readonly #registers: RegisterFile;
   readonly #vmmcall: bigint;
   readonly #run: DataView;
   readonly #hasAgent: boolean;
@@ -82,12 +87,15 @@ export class Guest {
     this.vcpu = s.vcpu(vm);
     this.#run = viewOf(kernel.runPage(this.vcpu));
     const setupVm = { backing: { kernel, fd: vm } };
-    const registers = registerFile(kernel, this.vcpu, (result, request) => {
+    this.#registers = registerFile(kernel, this.vcpu, (result, request) => {
       if (result < 0) throw new Error(`setup: ${request}: ${result}`);
       return result;
     });
-    this.#setRegisters = (values) => registers.set(values);
-    const setupVcpu = { id: 0, handle: { kernel, fd: this.vcpu }, setRegisters: this.#setRegisters };
+    const setupVcpu = {
+      id: 0,
+      handle: { kernel, fd: this.vcpu },
+      setRegisters: (values: Readonly<Record<string, bigint>>) => this.#registers.set(values),
+    };
     initialise(setupVm, setupVcpu);
     this.#vmmcall = usesVmmcall(setupVm) ? 1n : 0n;
     this.#poke(LAYOUT.code, code ? Uint8Array.from(code) : bytes);
@@ -129,8 +137,12 @@ export class Guest {
   /** Runs the machine code with these registers and a page mapped that it uses. */
   execute(registers: Readonly<Record<string, bigint>>, page = 0): Outcome {
     this.#map(page * this.#s.P);
-    this.#setRegisters(registers);
+    this.#registers.set(registers);
     return this.again();
+  }
+
+  register(name: string): bigint {
+    return this.#registers.get()[name] ?? 0n;
   }
 
   /** The answer to an MMIO read, before the guest runs on. */

@@ -53,6 +53,7 @@ export const emulated = need('guest code is not emulated', (s) => {
   s.slot(vm);
   return matches(s.guest(vm).get(0), ['MMIO read', 0]);
 });
+export const logsWritesOnly = need('TDP, which logs some reads', (s) => s.kernel.arch === 'aarch64' || noTdp.met(s));
 export const smm = need('no SMM address space', (s) => s.cap(s.vm(), 'MULTI_ADDRESS_SPACE') === 2);
 export const gmemOnDefaultVm = need('no guest_memfd on a default VM', (s) => s.cap(s.vm(), 'GUEST_MEMFD') === 1);
 export const gmemSlots = need(
@@ -89,5 +90,10 @@ export const machineCode = need(
   (s) => s.kernel.name === 'linux' && s.kernel.arch === 'x86_64',
 );
 export const mmioCache = need('the model remembers no MMIO', (s) => s.kernel.name === 'linux');
+/** And one that only a model meets: it takes no memory from the host for a protected guest, so the agent's mailbox works. */
+export const reachable = need(
+  'a protected guest’s memory is out of reach, also the agent’s mailbox',
+  (s) => s.kernel.name === 'software',
+);
 /** What no model can have. */
 export const needRealKernel: readonly Need[] = [realMemory, separateWindows, machineCode, mmioCache];

@@ -62,13 +62,14 @@ export abstract class VcpuCalls extends MappingCalls {
     const end = performance.now() + deadline;
     const bus = new SoftwareBus(cpu.vm, this.memory);
     cpu.vm.hasRun = true;
-    const answer = cpu.answer();
+    cpu.complete();
     // An answered exit is completed even when the run ends at once. Contract §13.1.
     if (cpu.kicked || cpu.immediateExit) {
       cpu.kicked = false;
       return this.refuse('EINTR', 'the vCPU was kicked');
     }
-    cpu.pending = null;
+    const { answer } = cpu;
+    cpu.answer = null;
     cpu.executor ??=
       this.#executors.map((factory) => factory.open(cpu, bus)).find((executor) => executor !== null) ?? null;
     if (!cpu.executor) {

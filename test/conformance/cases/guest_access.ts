@@ -1,4 +1,4 @@
-import { KVM_MEM_READONLY, PROT_NONE, PROT_READ } from '../../../lib/uapi.ts';
+import { KVM_MEM_READONLY, KVM_VM_TYPE_ARM_PROTECTED, PROT_NONE, PROT_READ } from '../../../lib/uapi.ts';
 import { useVcpu } from '../child_programs.ts';
 import { codePage, fault, mmioRead, mmioWrite, unexplained } from '../guest.ts';
 import {
@@ -9,6 +9,8 @@ import {
   machineCode,
   mappable,
   mmioCache,
+  protectedVm,
+  reachable,
   shareable,
   swProtected,
   x86,
@@ -391,6 +393,54 @@ export const privateAccess = section('Guest access to private memory', [
   }),
 ]);
 
+/** A guest of a protected VM, with host memory in slot 0 and a file's own mapping behind slot 1. */
+const protectedGuest = (s: Scenario) => {
+  const vm = s.vm(KVM_VM_TYPE_ARM_PROTECTED);
+  const [file, memory] = [s.gmem(vm, 4, MMAP | INIT_SHARED), s.anonymous(4)];
+  s.slot(vm, { pages: 4, hva: s.kernel.addressOf(memory) });
+  s.bind(vm, { slot: 1, at: 8, pages: 4, file, hva: s.kernel.addressOf(s.map(file, { pages: 4 })) });
+  return { vm, memory, guest: s.guest(vm) };
+};
+
+export const protectedAccess = section('Guest access in a protected VM (arm64)', [
+  scenario(256, 'host memory works, a file’s mapping is EIO, and kvm_run does not say why', {
+    needs: [protectedVm, reachable],
+    given: protectedGuest,
+    when: (_, { guest }) => [guest.put(1, 7), guest.get(1), guest.get(8), guest.put(9, 7)],
+    expect: [0, 7, ['EIO', 0], ['EIO', 0]],
+  }),
+  scenario('17.1 other hva', 'a file behind a slot is ignored: the guest has the host memory', {
+    needs: [protectedVm, reachable],
+    given: boundFile(MMAP, KVM_VM_TYPE_ARM_PROTECTED),
+    when: (s, { file, memory, guest }) => [guest.get(1), guest.put(1, 7), s.get(memory, 1), s.cached(file)],
+    expect: [66, 0, 7, 0],
+  }),
+  scenario('17.1 hva', 'host memory that is not mapped, or not writable, is EFAULT also for a read', {
+    needs: [protectedVm, reachable],
+    given: protectedGuest,
+    when: (s, { memory, guest }) => [
+      s.kernel.mprotect(memory, 0, 4 * s.P, PROT_READ),
+      guest.get(1),
+      s.munmap(memory),
+      guest.get(1),
+    ],
+    expect: [0, unexplained, 0, unexplained],
+  }),
+  scenario(253, 'once it has run, its slots can be neither deleted nor moved; more can be created', {
+    needs: [protectedVm],
+    given: (s) => {
+      const vm = s.vm(KVM_VM_TYPE_ARM_PROTECTED);
+      const hva = s.kernel.addressOf(s.anonymous(4));
+      s.slot(vm, { pages: 4, hva });
+      // b .
+      s.kernel.run(s.guest(vm, [0x00, 0x00, 0x00, 0x14]).vcpu, 100);
+      return { vm, hva };
+    },
+    when: (s, { vm, hva }) => [s.remove(vm, 0), s.slot(vm, { at: 64, pages: 4, hva }), s.slot(vm, { slot: 1, at: 64 })],
+    expect: ['EPERM', 'EPERM', 0],
+  }),
+]);
+
 /** rep outsb; hlt */
 const REP_OUTSB = [0xf3, 0x6e, 0xf4];
 
@@ -420,6 +470,7 @@ export const runs = section('KVM_RUN', [
         guest.immediateExit = true;
         const stopped = guest.again();
         guest.immediateExit = false;
+        guest.answer(98);
         return [asked, stopped, guest.again()];
       },
       expect: [mmioRead(4), ['EINTR', 6], 99],
@@ -442,7 +493,7 @@ export const runs = section('KVM_RUN', [
   scenario('208 child', 'a vCPU is EIO in another process', {
     given: (s) => s.vcpu(s.vm()),
     when: (s, vcpu) => s.inChild(useVcpu, [vcpu]),
-    expect: ['EIO'],
+    expect: ['EIO', 'EIO'],
   }),
   scenario(209, 'arm64: a vCPU that was not initialised is ENOEXEC', {
     needs: [arm64],

@@ -1,10 +1,11 @@
 import type { Section } from '../scenario.ts';
 import { boundary } from './boundary.ts';
-import { dirtyLog } from './dirty_log.ts';
+import { dirtyLog, guestDirtyLog } from './dirty_log.ts';
 import { fallocate } from './fallocate.ts';
 import { fileOperations } from './file.ts';
-import { guestAccess, privateAccess, runs } from './guest_access.ts';
+import { guestAccess, privateAccess, protectedAccess, runs } from './guest_access.ts';
 import { createGuestMemfd } from './guest_memfd.ts';
+import { hypercalls } from './hypercall.ts';
 import { lifetimes, protectedSlots } from './lifetime.ts';
 import { memoryAttributes } from './memory_attributes.ts';
 import { gmemSlotCases, slotArguments, slotChanges } from './memslot.ts';
@@ -32,9 +33,12 @@ export const sections: readonly Section[] = [
   memoryAttributes,
   guestAccess,
   privateAccess,
+  protectedAccess,
   runs,
   preFault,
+  hypercalls,
   dirtyLog,
+  guestDirtyLog,
   ordinaryMemory,
   boundary,
 ];

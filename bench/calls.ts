@@ -1,14 +1,8 @@
 // What a system call costs through the boundary and through the objects, against the same call in a C loop.
-import { type ChildProcessWithoutNullStreams, spawn, spawnSync } from 'node:child_process';
-import { once } from 'node:events';
-import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
-import { createInterface } from 'node:readline';
-import { fileURLToPath } from 'node:url';
 import { type GuestMemfd, type HostMemory, Kvm, type Vm } from '../lib/index.ts';
 import { linuxKernel, uapi } from '../lib/kernel/index.ts';
 import { nanoseconds, type Result, type Row, type Skipped, sideBySide, timed } from './measure.ts';
+import { NO_COMPILER, Reference } from './reference.ts';
 
 const PAGE = 4096;
 const SLOT_SIZE = 1 << 20;
@@ -35,24 +29,21 @@ export async function benchCalls(): Promise<Result[]> {
   } catch (error) {
     return [skipped(`no KVM here: ${(error as Error).message.split('\n')[0]}`)];
   }
-  const directory = mkdtempSync(join(tmpdir(), 'guest-memfd-bench-'));
   try {
-    const program = compile(directory);
-    if (!program) return [skipped('no C compiler here (cc, gcc or clang) to build what it is compared with')];
     const vm = kvm.createVm();
     if (!vm.capabilities.guestMemfd) return [skipped(`no guest_memfd on Linux ${kvm.kernelRelease}`)];
-    return await measure(kvm, vm, program);
+    return await measure(kvm, vm);
   } finally {
-    rmSync(directory, { recursive: true });
     kvm.close();
   }
 }
 
-async function measure(kvm: Kvm, vm: Vm, program: string): Promise<Row[]> {
+async function measure(kvm: Kvm, vm: Vm): Promise<Result[]> {
   const mappable = vm.capabilities.guestMemfdMmap && vm.capabilities.guestMemfdInitShared;
   const file = vm.createGuestMemfd({ size: SLOT_SIZE, mmap: mappable, initShared: mappable });
   const memory = kvm.createHostMemory({ size: SLOT_SIZE });
-  const reference = new Reference(program, file.flags);
+  const reference = Reference.start('calls', [String(file.flags)]);
+  if (!reference) return [skipped(NO_COMPILER)];
   const rows: Row[] = [];
   for (const { name, title, calls, boundary, objects } of cases(vm, file, memory)) {
     const [c, low, high] = await sideBySide(
@@ -66,7 +57,7 @@ async function measure(kvm: Kvm, vm: Vm, program: string): Promise<Row[]> {
       { name: `${title}, objects`, value: high.ratio, unit: '× C', detail: against(high.time) },
     );
   }
-  reference.close();
+  await reference.close();
   return rows;
 }
 
@@ -163,46 +154,6 @@ function cases(vm: Vm, file: GuestMemfd, memory: HostMemory): Case[] {
       },
     },
   ];
-}
-
-/** bench/calls.c, running. */
-class Reference {
-  readonly #process: ChildProcessWithoutNullStreams;
-  readonly #answers: NodeJS.AsyncIterator<string>;
-
-  constructor(program: string, flags: bigint) {
-    const threads = readdirSync('/proc/self/task').length;
-    this.#process = spawn(program, [String(threads - 1), String(flags)]);
-    this.#process.stderr.pipe(process.stderr);
-    this.#answers = createInterface({ input: this.#process.stdout })[Symbol.asyncIterator]();
-  }
-
-  /** Nanoseconds per call. */
-  async time(name: string, calls: number): Promise<number> {
-    if (!this.#process.stdin.write(`${name} ${calls}\n`)) await once(this.#process.stdin, 'drain');
-    const { value, done } = await this.#answers.next();
-    const total = Number(value);
-    if (done || !(total > 0)) throw new Error(`bench/calls.c: ${name} failed: ${value}`);
-    return total / calls;
-  }
-
-  close(): void {
-    this.#process.stdin.end();
-  }
-}
-
-/** Path of the program, or undefined where nothing compiles it. */
-function compile(directory: string): string | undefined {
-  const source = fileURLToPath(new URL('../../bench/calls.c', import.meta.url));
-  const program = join(directory, 'calls');
-  const compilers = process.env.CC ? [process.env.CC] : ['cc', 'gcc', 'clang'];
-  for (const compiler of compilers) {
-    const built = spawnSync(compiler, ['-O2', '-pthread', '-o', program, source], {
-      stdio: ['ignore', 'ignore', 'inherit'],
-    });
-    if (built.status === 0) return program;
-  }
-  return undefined;
 }
 
 function must(result: number): void {

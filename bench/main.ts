@@ -16,6 +16,7 @@ import { benchCycles } from './cycles.ts';
 import { meetsBar, type Result, type Row } from './measure.ts';
 import { benchConversions, benchModel } from './model.ts';
 import { benchRanges } from './ranges.ts';
+import { benchVcpu } from './vcpu.ts';
 
 interface Section {
   readonly title: string;
@@ -24,6 +25,7 @@ interface Section {
 
 const sections: Readonly<Record<string, Section>> = {
   calls: { title: 'System calls on KVM, against the same calls in a C loop', run: benchCalls },
+  vcpu: { title: 'vCPU: exits against a C loop on the same guest, and commands of the agent', run: benchVcpu },
   copies: { title: 'Guarded copies and views, against memcpy', run: benchCopies },
   conversions: { title: 'Software kernel: many conversions', run: benchConversions },
   model: { title: 'Software kernel: many ranges, and single calls', run: benchModel },

@@ -1,10 +1,13 @@
 import { setImmediate } from 'node:timers/promises';
 import { KvmError, systemError } from './errors.ts';
-import { formatRange } from './format.ts';
+import { formatRange, list } from './format.ts';
+import { type GuestMemfd, PUNCH_HOLE } from './guest_memfd.ts';
 import type { GuestRange, Visibility } from './guest_range.ts';
+import type { HostMemory } from './host_memory.ts';
 import type { Kernel, Result } from './kernel/kernel.ts';
 import type { Memslot } from './memslot.ts';
-import { ERRNO, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, KVM_MEMORY_ATTRIBUTE_PRIVATE, MiB } from './uapi.ts';
+import type { RangeMap } from './ranges.ts';
+import { ERRNO, KVM_MEMORY_ATTRIBUTE_PRIVATE, MiB } from './uapi.ts';
 import { integer, oneOf, options, rangeError, typeError } from './validate.ts';
 import type { Vm } from './vm.ts';
 
@@ -41,12 +44,13 @@ export interface ConversionOwner {
   readonly fd: number;
   assertOpen(): void;
   detachViews(address: number, size: number): void;
+  /** Slots of address space 0 by guest physical address. */
+  readonly byAddress: RangeMap<Memslot>;
 }
 
 /** Milliseconds that an asynchronous conversion may keep the event loop. */
 const MAX_HOLD = 5;
 const DEFAULT_CHUNK = 64 * MiB;
-const PUNCH = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE;
 const contents = ['unspecified', 'zero', 'preserve'] as const;
 
 /** One side's memory behind a part of a slot. */
@@ -65,8 +69,17 @@ interface Step {
   async(): Promise<Result>;
 }
 
+/** A call's result, and the broken rule where it was refused: asked at once, because the next call has a reason of its own. */
+interface Answer {
+  readonly result: Result;
+  readonly reason: string | null;
+}
+
 /** What comes out of a step when the driver has made the call. */
-type Steps<T> = Generator<Step, T, Result>;
+type Steps<T> = Generator<Step, T, Answer>;
+
+/** Lets the driver rest between pieces that need no call. */
+const PAUSE: Step = { syscall: '', args: {}, sync: () => 0, async: async () => 0 };
 
 /**
  * A conversion with the VM-level attribute over two memories: set the attribute chunk by chunk, then discard the other side. Until
@@ -104,24 +117,44 @@ export class Conversion {
   runSync(): ConversionReport {
     const steps = this.#steps();
     let next = steps.next();
-    while (!next.done) next = steps.next(next.value.sync());
+    while (!next.done) next = steps.next(this.#answer(next.value.sync()));
     return next.value;
   }
 
-  async run(): Promise<ConversionReport> {
+  /** Runs when those before it have ended; an abort does not wait for them. */
+  async runAfter(others: Promise<unknown>): Promise<ConversionReport> {
+    const signal = this.#signal;
+    let abort = (): void => {};
+    const aborted = new Promise<never>((_resolve, reject) => {
+      abort = () => reject(signal?.reason);
+    });
+    signal?.addEventListener('abort', abort);
+    try {
+      await Promise.race([others, aborted]);
+    } finally {
+      signal?.removeEventListener('abort', abort);
+    }
+    return this.#run();
+  }
+
+  async #run(): Promise<ConversionReport> {
     const steps = this.#steps();
     let rested = performance.now();
     let next = steps.next();
     while (!next.done) {
-      const result = await next.value.async();
+      const answer = this.#answer(await next.value.async());
       // A kernel that answers at once must not keep timers and sockets waiting.
       if (performance.now() - rested > MAX_HOLD) {
         await setImmediate();
         rested = performance.now();
       }
-      next = steps.next(result);
+      next = steps.next(answer);
     }
     return next.value;
+  }
+
+  #answer(result: Result): Answer {
+    return { result, reason: result < 0 ? this.#owner.kernel.explain() : null };
   }
 
   *#steps(): Steps<ConversionReport> {
@@ -141,15 +174,28 @@ export class Conversion {
       for (const backing of this.#backings(changed, this.#to)) yield* this.#call(backing.discard);
     if (this.#to === 'private') for (const { address, size } of changed) this.#owner.detachViews(address, size);
     yield* this.#setAll(changed, unchanged);
-    let freed = 0;
-    for (const backing of this.#backings(changed, this.#to === 'private' ? 'shared' : 'private')) {
-      const before = backing.residentBytes();
-      if (before > 0) yield* this.#call(backing.discard);
-      freed += before - (before > 0 ? backing.residentBytes() : 0);
-    }
+    const freed = yield* this.#discardHidden(changed);
     if (this.#content === 'zero')
       for (const backing of this.#backings(changed, 'both')) yield* this.#call(backing.discard);
     return report(freed);
+  }
+
+  /** Gives back the side that nobody sees any more. While nothing is lost yet, a failure undoes the conversion. */
+  *#discardHidden(changed: readonly GuestRange[]): Steps<number> {
+    let freed = 0;
+    for (const backing of this.#backings(changed, this.#to === 'private' ? 'shared' : 'private')) {
+      yield* this.#call(PAUSE);
+      const before = backing.residentBytes();
+      if (before === 0) continue;
+      try {
+        yield* this.#call(backing.discard);
+      } catch (error) {
+        if (freed === 0) yield* this.#undo([...this.#chunks(changed)], error);
+        throw error;
+      }
+      freed += before - backing.residentBytes();
+    }
+    return freed;
   }
 
   #split(): { changed: GuestRange[]; unchanged: GuestRange[] } {
@@ -182,13 +228,36 @@ export class Conversion {
     }
   }
 
+  /** Each slot must have the memory that is about to appear. */
   #assertBacked(changed: readonly GuestRange[]): void {
-    const bare = this.#to === 'private' && this.#pieces(changed).find(({ slot }) => !slot.guestMemfd);
-    if (!bare) return;
-    throw new KvmError({
-      code: 'EINVAL',
-      message: `slot ${bare.slot.slot} ${formatRange(bare.slot.address, bare.slot.size)} has no guest_memfd, so nothing could hold its private pages`,
-    });
+    for (const { slot, offset, size } of this.#pieces(changed)) {
+      const { guestMemfd, hostMemory } = slot;
+      const lacks =
+        this.#to === 'private'
+          ? !guestMemfd && 'guest_memfd'
+          : !guestMemfd?.backing.gmemOnly && !hostMemory && 'host memory';
+      const where = `slot ${slot.slot} ${formatRange(slot.address, slot.size)}`;
+      if (lacks)
+        throw new KvmError({
+          code: 'EINVAL',
+          message: `${where} has no ${lacks}, so nothing could hold its ${this.#to} pages`,
+        });
+      if (this.#content === 'zero' && this.#isShownElsewhere(slot, offset, size)) {
+        throw new KvmError({
+          code: 'EBUSY',
+          message: `the host memory of ${where} is shown by another slot too, and cannot be zeroed`,
+        });
+      }
+    }
+  }
+
+  /** Whether another slot shows some of the same host memory: it is not ours to give back then. */
+  #isShownElsewhere({ hostMemory, hostOffset, slot: number }: Memslot, offset: number, size: number): boolean {
+    const start = hostOffset + offset;
+    const others = hostMemory ? [...hostMemory.backing.slots] : [];
+    return others.some(
+      (other) => other.slot !== number && other.hostOffset < start + size && start < other.hostOffset + other.size,
+    );
   }
 
   #assertNotPinned(changed: readonly GuestRange[]): void {
@@ -211,16 +280,29 @@ export class Conversion {
         this.#assertNotPinned([chunk]);
         yield* this.#call(this.#set(chunk, this.#to));
         done.push(chunk);
+        // Whoever looked meanwhile may have made another.
+        if (this.#to === 'private') this.#owner.detachViews(chunk.address, chunk.size);
         bytes += chunk.size;
         this.#onProgress?.(bytes, this.range.size);
         this.#owner.assertOpen();
       }
     } catch (error) {
-      if (!this.#owner.vm.closed)
-        for (const chunk of done.reverse())
-          yield* this.#call(this.#set(chunk, this.#to === 'private' ? 'shared' : 'private'));
+      yield* this.#undo(done, error);
       throw error;
     }
+  }
+
+  /** Sets the attribute of chunks back, as many as can be. */
+  *#undo(chunks: GuestRange[], cause: unknown): Steps<void> {
+    const left: string[] = [];
+    for (const chunk of chunks.reverse()) {
+      if (this.#owner.vm.closed) return;
+      const { result } = yield this.#set(chunk, this.#to === 'private' ? 'shared' : 'private');
+      if (result < 0) left.push(formatRange(chunk.address, chunk.size));
+    }
+    if (left.length === 0) return;
+    const message = `a conversion failed (${cause instanceof Error ? cause.message : cause}), and these parts of it could not be undone: ${list(left)}`;
+    throw new KvmError({ code: 'EIO', message, cause });
   }
 
   *#chunks(ranges: readonly GuestRange[]): Generator<GuestRange> {
@@ -242,62 +324,78 @@ export class Conversion {
     };
   }
 
-  /** The parts of memslots in the ranges, chunk by chunk. */
+  /** The parts of memslots in the ranges. */
   #pieces(ranges: readonly GuestRange[]): { slot: Memslot; offset: number; size: number }[] {
-    const pieces: { slot: Memslot; offset: number; size: number }[] = [];
-    for (const slot of this.#owner.vm.memslots.values()) {
-      for (const { address, size } of ranges) {
-        const start = Math.max(address, slot.address);
-        const end = Math.min(address + size, slot.address + slot.size);
-        if (start < end) pieces.push({ slot, offset: start - slot.address, size: end - start });
-      }
-    }
-    return pieces;
+    const { byAddress } = this.#owner;
+    return ranges.flatMap(({ address, size }) =>
+      Array.from(byAddress.within(address, address + size), ({ start, end, value }) => {
+        return { slot: value, offset: start - value.address, size: end - start };
+      }),
+    );
   }
 
-  /** The memory behind one side of the ranges; 'both' is memory that is both sides at once. */
+  /** The memory behind one side of the ranges, chunk by chunk; 'both' is memory that is both sides at once. */
   *#backings(ranges: readonly GuestRange[], side: Visibility | 'both'): Generator<Backing> {
-    const { kernel } = this.#owner;
-    for (const chunk of this.#chunks(ranges)) {
-      for (const { slot, offset, size } of this.#pieces([chunk])) {
-        const { guestMemfd, hostMemory } = slot;
-        const gmemOnly = guestMemfd?.backing.gmemOnly ?? false;
-        if (guestMemfd && gmemOnly === (side === 'both') && side !== 'shared') {
-          const args = { fd: guestMemfd.fd, mode: PUNCH, offset: slot.guestMemfdOffset + offset, length: size };
-          yield {
-            residentBytes: () => guestMemfd.residentBytes({ offset: args.offset, size }),
-            discard: {
-              syscall: 'fallocate',
-              args,
-              sync: () => kernel.fallocate(args.fd, PUNCH, args.offset, size),
-              async: () => kernel.fallocateAsync(args.fd, PUNCH, args.offset, size),
-            },
-          };
-        }
-        if (hostMemory && side === 'shared' && !gmemOnly) {
-          const { mapping, advice, alignment } = hostMemory.backing;
-          // Of huge pages only those that lie in the range altogether can go.
-          const first = Math.ceil((slot.hostOffset + offset) / alignment) * alignment;
-          const length = Math.floor((slot.hostOffset + offset + size) / alignment) * alignment - first;
-          if (length <= 0) continue;
-          yield {
-            residentBytes: () => hostMemory.residentBytes({ offset: first, size: length }),
-            discard: {
-              syscall: 'madvise',
-              args: { offset: first, length, advice },
-              sync: () => kernel.madvise(mapping, first, length, advice),
-              async: () => kernel.madviseAsync(mapping, first, length, advice),
-            },
-          };
-        }
+    for (const { slot, offset, size } of this.#pieces(ranges)) {
+      const { guestMemfd, hostMemory } = slot;
+      const gmemOnly = guestMemfd?.backing.gmemOnly ?? false;
+      if (guestMemfd && gmemOnly === (side === 'both') && side !== 'shared') {
+        const start = slot.guestMemfdOffset + offset;
+        yield* this.#spans(start, start + size, 1, (at, length) => this.#fileBacking(guestMemfd, at, length));
+      }
+      if (hostMemory && side === 'shared' && !gmemOnly && !this.#isShownElsewhere(slot, offset, size)) {
+        const start = slot.hostOffset + offset;
+        const { alignment } = hostMemory.backing;
+        yield* this.#spans(start, start + size, alignment, (at, length) => this.#hostBacking(hostMemory, at, length));
       }
     }
+  }
+
+  /** The whole huge pages of a range, in chunks. */
+  *#spans(
+    start: number,
+    end: number,
+    alignment: number,
+    make: (at: number, length: number) => Backing,
+  ): Generator<Backing> {
+    const last = Math.floor(end / alignment) * alignment;
+    const step = Math.max(alignment, Math.floor(this.#chunkSize / alignment) * alignment);
+    for (let at = Math.ceil(start / alignment) * alignment; at < last; at += step)
+      yield make(at, Math.min(step, last - at));
+  }
+
+  #fileBacking(file: GuestMemfd, offset: number, length: number): Backing {
+    const { kernel } = this.#owner;
+    const { fd } = file;
+    return {
+      residentBytes: () => file.residentBytes({ offset, size: length }),
+      discard: {
+        syscall: 'fallocate',
+        args: { fd, mode: PUNCH_HOLE, offset, length },
+        sync: () => kernel.fallocate(fd, PUNCH_HOLE, offset, length),
+        async: () => kernel.fallocateAsync(fd, PUNCH_HOLE, offset, length),
+      },
+    };
+  }
+
+  #hostBacking(memory: HostMemory, offset: number, length: number): Backing {
+    const { kernel } = this.#owner;
+    const { mapping, advice } = memory.backing;
+    return {
+      residentBytes: () => memory.residentBytes({ offset, size: length }),
+      discard: {
+        syscall: 'madvise',
+        args: { offset, length, advice },
+        sync: () => kernel.madvise(mapping, offset, length, advice),
+        async: () => kernel.madviseAsync(mapping, offset, length, advice),
+      },
+    };
   }
 
   *#call(step: Step): Steps<void> {
-    const result = yield step;
+    const { result, reason } = yield step;
     // Meanwhile the VM may have been closed, and its fd may be another's.
     this.#owner.assertOpen();
-    if (result < 0) throw systemError(result, step, this.#owner.kernel.explain());
+    if (result < 0) throw systemError(result, step, reason);
   }
 }

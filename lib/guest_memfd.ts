@@ -19,7 +19,8 @@ import {
 import { fileRange, options, rangeError } from './validate.ts';
 import type { Vm } from './vm.ts';
 
-const PUNCH = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE;
+/** The mode of fallocate(2) that gives pages back. */
+export const PUNCH_HOLE = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE;
 
 /**
  * A file whose pages are memory of one VM. Its size is fixed; pages come into being when the guest touches them, when the host may and does,
@@ -84,7 +85,7 @@ export class GuestMemfd extends Resource {
    * @see fallocate(2) with FALLOC_FL_PUNCH_HOLE; guest_memfd since Linux 6.8
    */
   punchHole(range?: FileRange): void {
-    this.#fallocate(PUNCH, range);
+    this.#fallocate(PUNCH_HOLE, range);
   }
 
   /**

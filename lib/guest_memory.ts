@@ -1,7 +1,7 @@
 import { constants } from 'node:buffer';
 import { KvmError } from './errors.ts';
 import { formatRange } from './format.ts';
-import { WINDOW_MAX } from './host_memory.ts';
+import { keptAlive, WINDOW_MAX } from './host_memory.ts';
 import { bytes } from './kernel/arguments.ts';
 import type { Kernel } from './kernel/kernel.ts';
 import type { Memslot } from './memslot.ts';
@@ -19,9 +19,29 @@ interface Piece {
   readonly owner: object;
 }
 
-interface View {
+/** A view that its user may have dropped; what it showed is known by its buffer, which parts of it share. */
+class View {
   readonly address: number;
-  readonly bytes: Uint8Array;
+  readonly length: number;
+  readonly #offset: number;
+  readonly #buffer: WeakRef<ArrayBufferLike>;
+
+  readonly #view: WeakRef<Uint8Array>;
+
+  constructor(address: number, view: Uint8Array) {
+    this.address = address;
+    this.length = view.length;
+    this.#offset = view.byteOffset;
+    this.#buffer = new WeakRef(view.buffer);
+    this.#view = new WeakRef(view);
+  }
+
+  /** Undefined when nobody has it any more, or it is detached. */
+  bytes(): Uint8Array | undefined {
+    const buffer = this.#buffer.deref();
+    if (!buffer?.byteLength) return undefined;
+    return this.#view.deref() ?? new Uint8Array(buffer, this.#offset, this.length);
+  }
 }
 
 /** What GuestMemory needs of its VM. */
@@ -33,11 +53,13 @@ export interface MemoryOwner {
 
 /**
  * The guest's memory by guest physical address, as the host may see it: the shared side of every memslot of address space 0. Reads and writes
- * copy through a path the kernel guards, so a page that is not there for the host is an error and never a signal.
+ * copy through a guarded path, so a page that is not there for the host is an error and never a signal that somebody sees: short copies are the
+ * kernel's own, long ones are caught by a handler for SIGSEGV and SIGBUS that passes on everything else.
  */
 export class GuestMemory {
   readonly #owner: MemoryOwner;
-  readonly #views = new Set<View>();
+  readonly #views = new Map<string, View>();
+  #sweepAt = 64;
 
   /** @internal */
   constructor(token: typeof internal, owner: MemoryOwner) {
@@ -70,7 +92,8 @@ export class GuestMemory {
   }
 
   /**
-   * Copies bytes into the guest's memory, read-only slots included. Nothing is written unless all of it can be.
+   * Copies bytes into the guest's memory, read-only slots included. Nothing is written unless every byte has a slot, is shared and is for the
+   * host; only a file behind host memory that somebody cut meanwhile can end it half-way.
    *
    * @param address Guest physical address in bytes; any alignment.
    * @throws KvmError `EFAULT` as for read() · `ERR_CLOSED`
@@ -81,8 +104,8 @@ export class GuestMemory {
     let position = 0;
     for (const { mapping, offset, size } of this.#plan(address, plain.length, 'write')) {
       const copied = this.#owner.kernel.poke(mapping, offset, plain.subarray(position, position + size));
-      if (copied < size)
-        throw this.#fault('write', address + position + Math.max(0, copied), size, 'the host has no page there');
+      const done = Math.max(0, copied);
+      if (done < size) throw this.#fault('write', address + position + done, size - done, 'the host has no page there');
       position += size;
     }
   }
@@ -101,24 +124,30 @@ export class GuestMemory {
     const [piece, next] = this.#plan(address, length, 'view');
     if (!piece || next)
       throw this.#fault('view', address, length, 'it lies in more than one memslot: read() copies across them');
-    for (const view of this.#views) {
-      if (view.bytes.length === 0) this.#views.delete(view);
-      else if (view.address === address && view.bytes.length === length) return view.bytes;
-    }
-    const view = { address, bytes: this.#owner.kernel.window(piece.mapping, piece.offset, length, true) };
-    keepAlive.set(view.bytes.buffer, piece.owner);
-    this.#views.add(view);
-    return view.bytes;
+    const key = `${address} ${length}`;
+    const known = this.#views.get(key)?.bytes();
+    if (known) return known;
+    const view = this.#owner.kernel.window(piece.mapping, piece.offset, length, true);
+    keptAlive.set(view.buffer, piece.owner);
+    this.#sweep();
+    this.#views.set(key, new View(address, view));
+    return view;
+  }
+
+  /** Forgets the views that are gone, now and then, so that it costs little for each. */
+  #sweep(): void {
+    if (this.#views.size < this.#sweepAt) return;
+    for (const [key, view] of this.#views) if (!view.bytes()) this.#views.delete(key);
+    this.#sweepAt = Math.max(64, 2 * this.#views.size);
   }
 
   /** @internal */
   detachViews(address: number, size: number): void {
-    for (const view of this.#views) {
-      if (view.bytes.length === 0) this.#views.delete(view);
-      else if (view.address < address + size && address < view.address + view.bytes.length) {
-        this.#owner.kernel.releaseWindow(view.bytes);
-        this.#views.delete(view);
-      }
+    for (const [key, view] of this.#views) {
+      if (view.address >= address + size || address >= view.address + view.length) continue;
+      const bytes = view.bytes();
+      if (bytes) this.#owner.kernel.releaseWindow(bytes);
+      this.#views.delete(key);
     }
   }
 
@@ -126,8 +155,8 @@ export class GuestMemory {
     let position = 0;
     for (const { mapping, offset, size } of pieces) {
       const copied = this.#owner.kernel.peek(mapping, offset, target.subarray(position, position + size));
-      if (copied < size)
-        throw this.#fault('read', address + position + Math.max(0, copied), size, 'the host has no page there');
+      const done = Math.max(0, copied);
+      if (done < size) throw this.#fault('read', address + position + done, size - done, 'the host has no page there');
       position += size;
     }
     return target;
@@ -175,5 +204,3 @@ export class GuestMemory {
     });
   }
 }
-
-const keepAlive = new WeakMap<ArrayBufferLike, object>();

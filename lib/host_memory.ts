@@ -32,7 +32,10 @@ export type HostMemoryKind = (typeof kinds)[number];
 export interface HostMemoryOptions {
   /** Bytes: a multiple of the page size, or of `hugePageSize`. */
   readonly size: number;
-  /** 'anonymous' (default) is memory of this process only; 'memfd' and 'file' can be shared with others. */
+  /**
+   * 'anonymous' (default) is memory of this process only; 'memfd' and 'file' can be shared with others. Touching a view of a 'file' that
+   * another process has cut meanwhile is SIGBUS, as with every mapped file; copies through `vm.memory` are not.
+   */
   readonly kind?: HostMemoryKind;
   /** Of a 'file', which is created when missing and made larger when shorter than `size`. */
   readonly path?: string;
@@ -269,7 +272,7 @@ function map(
   const fd =
     kind === 'memfd'
       ? checked(kernel, kernel.memfdCreate('guest-memory', MFD_CLOEXEC), 'memfd_create')
-      : checked(kernel, kernel.open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0o600), 'open', { path });
+      : opened(kernel.open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0o600), path);
   try {
     const status: { size?: bigint } = {};
     checked(kernel, kernel.fstat(fd, status), 'fstat');
@@ -284,6 +287,12 @@ function map(
     kernel.close(fd);
     throw error;
   }
+}
+
+function opened(fd: Result, path: string): number {
+  if (fd < 0)
+    throw systemError(fd, { syscall: 'open', args: { path } }, `${path} cannot be opened for reading and writing`);
+  return fd;
 }
 
 function release(kernel: Kernel, mapping: number, fd: number): void {

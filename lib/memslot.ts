@@ -170,6 +170,7 @@ export class Memslot implements Disposable {
     integer('address', address);
     this.#assertThere();
     this.#owner.assertIdle(this.address, this.size);
+    this.#owner.assertIdle(address, this.size);
     this.#setRegion(address, this.size, this.logDirtyPages);
     this.#disappear();
     this.#placement.address = address;

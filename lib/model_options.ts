@@ -16,6 +16,8 @@ export interface ModelOptions {
   readonly swProtected?: boolean;
   /** x86_64: hardware paging for guests (NPT, EPT). Default true; false plays a host without it. */
   readonly tdp?: boolean;
+  /** x86_64: system management mode, and with it a second address space in ordinary VMs. Default true. */
+  readonly smm?: boolean;
   /** aarch64: a host booted with kvm-arm.mode=protected, which can create protected VMs since 7.1. Default false. */
   readonly pkvm?: boolean;
 }

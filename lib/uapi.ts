@@ -43,7 +43,6 @@ export const KVM_X86_SEV_ES_VM = 3;
 export const KVM_X86_SNP_VM = 4;
 export const KVM_X86_TDX_VM = 5;
 export const KVM_VM_TYPE_ARM_PROTECTED = 0x80000000;
-export const KVM_VM_TYPE_ARM_IPA_SIZE_MASK = 0xff;
 
 /** KVM_CAP_* by name. */
 export const KVM_CAP = {
@@ -115,6 +114,7 @@ export const PROT_NONE = 0;
 export const PROT_READ = 1;
 export const PROT_WRITE = 2;
 export const PROT_EXEC = 4;
+export const PROT_SEM = 8;
 export const MAP_SHARED = 0x01;
 export const MAP_PRIVATE = 0x02;
 export const MAP_SHARED_VALIDATE = 0x03;
@@ -153,6 +153,8 @@ export const MPOL_PREFERRED = 1;
 export const MPOL_BIND = 2;
 export const MPOL_INTERLEAVE = 3;
 export const MPOL_LOCAL = 4;
+export const MPOL_PREFERRED_MANY = 5;
+export const MPOL_WEIGHTED_INTERLEAVE = 6;
 export const UFFDIO_REGISTER_MODE_MISSING = 1;
 export const UFFDIO_REGISTER_MODE_WP = 2;
 export const UFFDIO_REGISTER_MODE_MINOR = 4;

@@ -43,6 +43,7 @@ export class Vcpu extends Resource {
     this.#fd = fd;
     this.#decoder = new ExitDecoder(kernel.runPage(fd));
     this.#registers = registerFile(kernel, fd, (result, request) => this.#check(result, request));
+    Object.freeze(this);
   }
 
   /**

@@ -191,14 +191,15 @@ export class Vm extends Resource {
    *
    * @param range Guest physical addresses, page-aligned. Parts without a memslot only get the attribute.
    * @throws KvmError `UNSUPPORTED` no private memory here, or content that nobody can preserve · `EAGAIN` a page is pinned (`errorOffset`: the
-   *   file offset) · `EINVAL` a memslot without a guest_memfd · `ERR_CLOSED` · the signal's reason
+   *   file offset) · `EINVAL` a memslot without memory for the side that would appear · `ERR_CLOSED` · the signal's reason
    */
   async convert(range: GuestRange, to: Visibility, given?: ConvertOptions): Promise<ConversionReport> {
     const conversion = new Conversion(this.#owner, guestRange('range', range), to, given);
     this.assertOpen();
     this.#converting.add(conversion);
-    const result = this.#lastConversion.then(() => conversion.run());
-    this.#lastConversion = result.catch(() => {});
+    const before = this.#lastConversion;
+    const result = conversion.runAfter(before);
+    this.#lastConversion = Promise.allSettled([before, result]);
     try {
       return await result;
     } finally {

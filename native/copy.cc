@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
+#include <new>
 
 #include "direct_copy.h"
 
@@ -84,12 +86,27 @@ int64_t KernelCopy(Environment& environment, uint8_t* target, const uint8_t* sou
   return PipeCopy(environment, target, source, size);
 }
 
-}  // namespace
-
-int64_t GuardedCopy(Environment& environment, uint8_t* target, const uint8_t* source, size_t size) {
+int64_t CopyApart(Environment& environment, uint8_t* target, const uint8_t* source, size_t size) {
   const size_t done = size < kDirect ? 0 : DirectCopy(target, source, size);
   if (done == size) return static_cast<int64_t>(size);
   const int64_t copied = KernelCopy(environment, target + done, source + done, size - done);
   if (copied < 0 && done > 0) return static_cast<int64_t>(done);
   return copied < 0 ? copied : static_cast<int64_t>(done) + copied;
+}
+
+bool Overlap(const uint8_t* a, const uint8_t* b, size_t size) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(a);
+  const uintptr_t second = reinterpret_cast<uintptr_t>(b);
+  return first < second + size && second < first + size;
+}
+
+}  // namespace
+
+int64_t GuardedCopy(Environment& environment, uint8_t* target, const uint8_t* source, size_t size) {
+  if (!Overlap(target, source, size)) return CopyApart(environment, target, source, size);
+  // A window given as the buffer of a copy of its own mapping: none of the ways above keeps an order.
+  const std::unique_ptr<uint8_t[]> apart(new (std::nothrow) uint8_t[size]);
+  if (apart == nullptr) return -ENOMEM;
+  const int64_t copied = CopyApart(environment, apart.get(), source, size);
+  return copied < 0 ? copied : CopyApart(environment, target, apart.get(), static_cast<size_t>(copied));
 }

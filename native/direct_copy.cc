@@ -88,7 +88,8 @@ auto& ProgramCounter(Context* context) {
 // Async-signal-safe: it reads what was written once before the handler existed.
 void OnFault(int signal, siginfo_t* info, void* context) {
   auto& counter = ProgramCounter(static_cast<ucontext_t*>(context));
-  const bool fault = info->si_code > 0;  // not sent by somebody
+  // Not sent by somebody, and not the news of a bad page that nothing has touched.
+  const bool fault = info->si_code > 0 && !(signal == SIGBUS && info->si_code == BUS_MCEERR_AO);
   const uintptr_t at = static_cast<uintptr_t>(counter);
   if (fault && at >= reinterpret_cast<uintptr_t>(guest_memfd_copy_first) &&
       at < reinterpret_cast<uintptr_t>(guest_memfd_copy_end)) {
@@ -104,7 +105,15 @@ void OnFault(int signal, siginfo_t* info, void* context) {
     action.sa_handler = SIG_DFL;
     sigaction(signal, &action, nullptr);
     if (!fault) raise(signal);
-  } else if ((before.sa_flags & SA_SIGINFO) != 0) {
+    return;
+  }
+  if ((before.sa_flags & SA_RESETHAND) != 0) {
+    // The kernel would have taken it off before calling it.
+    struct sigaction action = {};
+    action.sa_handler = SIG_DFL;
+    sigaction(signal, &action, nullptr);
+  }
+  if ((before.sa_flags & SA_SIGINFO) != 0) {
     before.sa_sigaction(signal, info, context);
   } else {
     before.sa_handler(signal);

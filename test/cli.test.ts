@@ -193,18 +193,21 @@ t.test('the demo on the software kernel: every number', async (t) => {
     [
       ['create', 0, 0],
       ['host-access', 32 * MiB + 8 * KiB, 0],
-      ['hole', 32 * MiB + 8 * KiB, 0],
-      ['convert-private', 8 * KiB, 0],
-      ['convert-private-above', 8 * KiB, 0],
-      ['guest-writes', 8 * KiB, 160 * MiB],
-      ['private-read', 8 * KiB, 160 * MiB],
-      ['convert-shared', 12 * KiB, 96 * MiB],
-      ['convert-again', 8 * KiB, 96 * MiB],
-      ['punch-hole', 8 * KiB, 64 * MiB],
+      ['guest-access', 32 * MiB + 136 * KiB, 0],
+      ['hole', 32 * MiB + 136 * KiB, 0],
+      ['convert-private', 136 * KiB, 0],
+      ['convert-private-above', 136 * KiB, 0],
+      ['guest-writes', 136 * KiB, 160 * MiB],
+      ['private-read', 136 * KiB, 160 * MiB],
+      ['convert-shared', 140 * KiB, 96 * MiB],
+      ['convert-again', 136 * KiB, 96 * MiB],
+      ['punch-hole', 136 * KiB, 64 * MiB + 4 * KiB],
     ],
     'bytes held after each step',
   );
   const byId = Object.fromEntries(steps.map((step) => [step.id, step]));
+  t.match(byId['guest-access']?.numbers, { vcpu: 0, agentBytes: 128 * KiB, writtenBytes: 24 });
+  t.match(byId['guest-writes']?.numbers, { vcpu: 0, allocatedBytes: 160 * MiB });
   t.match(byId['convert-private']?.numbers, { changedBytes: GiB, unchangedBytes: 0, freedBytes: 32 * MiB });
   t.match(byId['convert-shared']?.numbers, { changedBytes: 256 * MiB, freedBytes: 64 * MiB });
   t.match(byId['convert-again']?.numbers, { changedBytes: 256 * MiB, unchangedBytes: 768 * MiB, freedBytes: 4 * KiB });
@@ -264,6 +267,7 @@ t.test('the demo as text: plain in a pipe, and each step in it', async (t) => {
   t.match(out, /━━ Software kernel, playing Linux 7\.3 on x86_64 · VM type sw-protected/);
   t.match(out, /shared with the host: {2}· nothing held {2}▄ part held {2}█ all held/, 'the legend');
   t.match(out, / {10}0 │▄·······░░░▓▓░{11}·{24}│ 3 GiB\n {6}4 GiB │▄·░░▒░░░░░······│ 5 GiB\n/, 'the map');
+  t.match(out, /→ vCPU 0 reads 'hello below' and 'hello above'\n.*→ the host reads 'vCPU 0 below' and 'vCPU 0 above'/);
   t.match(out, /✗ cannot read guest memory .*: it is private \(EFAULT\)/);
   t.ok(longestLine(out) <= 80, 'fits 80 columns');
 });
@@ -276,6 +280,8 @@ t.test('the demo where it starts', async (t) => {
     t.match(parts[0]?.notes.join(), /no private memory here.*the private part follows on the software kernel/);
     t.match(parts[0]?.steps.at(-1)?.refusal, { code: 'UNSUPPORTED' });
     t.match(parts[1], { backend: 'software', notes: [/Simulated/] }, 'and says what it is');
+    const ran = parts[0]?.steps.find(({ id }) => id === 'guest-access');
+    t.match(ran, { refusal: null, numbers: { vcpu: 0 } }, 'a vCPU of the real KVM ran');
     const punched = parts[0]?.steps.find(({ id }) => id === 'punch-hole');
     t.equal(punched?.numbers.freedBytes, 32 * MiB, 'real memory was given back');
     const [only, ...others] = demoParts(t, ['--backend', 'kvm']);
@@ -294,8 +300,8 @@ t.test('a VM type that is not there', async (t) => {
     /^guest-memfd: this host cannot create VMs of type 'tdx', which need an Intel.*; it has default, sw-protected\n$/,
   );
   const unknown = run(['demo', '--backend', 'software', '--type', 'nosuch']);
-  t.equal(unknown.status, 1);
-  t.match(unknown.err, /^guest-memfd: there is no VM type 'nosuch'; this host has default, sw-protected\n$/);
+  t.equal(unknown.status, 2, 'a name that no host knows is a mistake in the command');
+  t.match(unknown.err, /^guest-memfd: --type is one of default, sw-protected, .*; not 'nosuch'\n/);
   const debug = run(['demo', '--backend', 'software', '--type', 'tdx'], { env: { DEBUG: '1' } });
   t.match(debug.err, /\n {4}at .*createVm/, 'DEBUG adds the stack');
 });
@@ -401,6 +407,24 @@ t.test('examples', async (t) => {
   t.match(out, /Without the discard 48 MiB of 112 MiB are held twice\./);
   const hello = node([join(root, 'dist/examples/hello.js'), 'software']).out;
   t.match(hello, /hello, guest\n4096 bytes given back; private now: \[ \{ address: 16777216, size: 8388608 \} \]/);
+  const printed = (name: string, args: readonly string[]): string => {
+    const { out } = node([join(root, 'dist/examples', name), ...args]);
+    t.ok(longestLine(out) <= 80, `${name} ${args.join(' ')} fits 80 columns`);
+    return out;
+  };
+  const talk = printed('private-conversation.js', ['software']);
+  t.match(talk, /host {3}is refused with EFAULT at 0x200000:\n.*it is private/);
+  t.match(talk, /asks for shared: the answer is -13, the page is private\nguest {2}still reads 'swordfish'/);
+  t.match(talk, /host {3}reads {2}'·{9}': what was private never comes out/);
+  for (const args of backends) {
+    const two = printed('two-vcpus.js', args);
+    t.match(two, /received: 'one page seen by two vCPUs'; the mailbox was full 5 times/);
+    t.match(two, /the lock was free for vCPU 0, and then vCPU 0's\nboth read the same memory: true/);
+    const map = printed('who-touched-what.js', args);
+    t.match(map, /RAM │·WWW·W··W·{4}W·{7}W·{12}W·{5}WWWW·{12}[x·]·{7}│/);
+    t.match(map, /ROM, nothing │·{12}!!··\?{4} {3}!! {39}│/);
+    t.match(map, /Asked again, it names 0\./);
+  }
 });
 
 t.test('the map', async (t) => {

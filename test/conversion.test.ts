@@ -621,7 +621,8 @@ class Program {
     const refusal = () => {
       if (changing.length === 0) return null;
       if (content === 'preserve' && list.some((page) => model.piece(page))) return 'UNSUPPORTED';
-      if (to === 'private' && changing.some((page) => model.piece(page)?.gmem === null)) return 'EINVAL';
+      const appearing = to === 'private' ? ('gmem' as const) : ('host' as const);
+      if (changing.some((page) => model.piece(page)?.[appearing] === null)) return 'EINVAL';
       if (to === 'private' && changing.some((page) => model.piece(page) && model.pinned(page))) return 'EAGAIN';
       return null;
     };

@@ -16,8 +16,8 @@ const [KVM_EPERM, KVM_ENOSYS] = [-1n, -1000n];
 const PSCI_SYSTEM_OFF = 0x8400_0008n;
 const KVM_SYSTEM_EVENT_SHUTDOWN = 1;
 const MASK_64 = (1n << 64n) - 1n;
-/** ESR_EL1 of a translation fault of level 0 in EL1's own data access. */
-const TRANSLATION_FAULT = 0x9600_0004n;
+/** ESR_EL1 of a translation fault of EL1's own data access, but for the level of the table, in bits 1:0. */
+const TRANSLATION_FAULT = 0x9600_0004;
 
 type Answer = Uint8Array | bigint | null;
 /** A piece of guest code: it yields when it cannot go on without the host, and gets the host's answer. */
@@ -51,9 +51,12 @@ function programCounter(vcpu: SoftwareVcpu): bigint {
 /** An exception that the guest takes at an address. */
 class GuestException {
   readonly address: number;
+  /** Of the page tables, where it was found. */
+  readonly level: number;
 
-  constructor(address: number) {
+  constructor(address: number, level: number) {
     this.address = address;
+    this.level = level;
   }
 }
 
@@ -92,7 +95,7 @@ class AgentExecutor implements Executor {
         yield* this.#command();
       } catch (thrown) {
         if (!(thrown instanceof GuestException)) throw thrown;
-        yield* this.#exception(thrown.address);
+        yield* this.#exception(thrown);
         doorbell = DOORBELL.exception;
       }
     }
@@ -234,9 +237,9 @@ class AgentExecutor implements Executor {
     return typeof answer === 'bigint' ? answer : 0n;
   }
 
-  *#exception(address: number): Steps<void> {
+  *#exception({ address, level }: GuestException): Steps<void> {
     if (this.#arch === 'x86_64') for (;;) yield { kind: 'shutdown' };
-    yield* this.#store64(MAILBOX.result, TRANSLATION_FAULT);
+    yield* this.#store64(MAILBOX.result, BigInt(TRANSLATION_FAULT + level));
     yield* this.#store64(MAILBOX.args, BigInt(address));
     yield* this.#store64(MAILBOX.command, 0n);
   }
@@ -330,14 +333,14 @@ class AgentExecutor implements Executor {
     if (this.#mapped.has(block)) return;
     const { valid, isTable } = DESCRIPTORS[this.#arch];
     let table = this.#root;
-    for (const shift of [39n, 30n, 21n]) {
+    for (const [level, shift] of [39n, 30n, 21n].entries()) {
       const index = Number((BigInt(at) >> shift) & 511n);
       const bytes = yield* this.#access(Number(table) + 8 * index, new Uint8Array(8), false, false, false);
       const entry = new DataView(bytes.buffer, bytes.byteOffset).getBigUint64(0, true);
-      if (!(entry & valid) || isTable(entry) !== shift > 21n) throw new GuestException(at);
+      if (!(entry & valid) || isTable(entry) !== shift > 21n) throw new GuestException(at, level);
       table = entry & 0x000f_ffff_ffff_f000n;
     }
-    if (Number(table) !== block * 2 * MiB) throw new GuestException(at);
+    if (Number(table) !== block * 2 * MiB) throw new GuestException(at, 2);
     this.#mapped.add(block);
   }
 

@@ -347,6 +347,7 @@ export class GuestAgent implements Disposable {
       }
       if (rung === DOORBELL.exception) {
         this.#waiting = true;
+        this.#tables.forget();
         throw this.#exception(what, range);
       }
       if (rung === DOORBELL.ask) {
@@ -392,6 +393,7 @@ export class GuestAgent implements Disposable {
       const { reason } = this.vcpu.run({ timeout: 0 });
       this.#unanswered = reason !== 'timeout' && reason !== 'interrupted';
     }
+    this.#tables.forget();
     this.#tables.map({ address: this.address, size: AGENT_SIZE }, ...this.#doorbellPage());
     this.#writeMailbox(COMMAND.none, 0, 0, []);
     enter(this.vcpu, this.address, this.#entry, this.#tables.root);

@@ -1,8 +1,7 @@
 import { readFileSync } from 'node:fs';
 import { systemError } from '../errors.ts';
+import type { Kernel } from '../kernel/kernel.ts';
 import type { Arch } from '../model_options.ts';
-import type { Vcpu } from '../vcpu.ts';
-import type { Vm } from '../vm.ts';
 import { LAYOUT } from './protocol.ts';
 
 /** What a vCPU needs before it can run the agent: the CPU's features, and every register that decides how code runs. */
@@ -18,8 +17,18 @@ const CPUID_ENTRIES = 256;
 /** null, an empty 64-bit code segment, a data segment. */
 export const gdt = new BigUint64Array([0n, 0x00af_9b00_0000_ffffn, 0x00cf_9300_0000_ffffn]);
 
+/** What the setup needs of a Vm and a Vcpu. */
+export interface SetupVm {
+  readonly backing: { readonly kernel: Kernel; readonly fd: number };
+}
+export interface SetupVcpu {
+  readonly id: number;
+  readonly handle: { readonly kernel: Kernel; readonly fd: number };
+  setRegisters(registers: Readonly<Record<string, bigint>>): void;
+}
+
 /** Once for each vCPU. */
-export function initialise(vm: Vm, vcpu: Vcpu): void {
+export function initialise(vm: SetupVm, vcpu: SetupVcpu): void {
   const { kernel, fd } = vm.backing;
   const { fd: cpu } = vcpu.handle;
   if (kernel.arch === 'x86_64') {
@@ -44,7 +53,7 @@ export function initialise(vm: Vm, vcpu: Vcpu): void {
 }
 
 /** As often as the agent has to start again: nothing of what the vCPU did before is left. */
-export function enter(vcpu: Vcpu, agent: number, entry: number, tables: number): void {
+export function enter(vcpu: SetupVcpu, agent: number, entry: number, tables: number): void {
   const { kernel, fd } = vcpu.handle;
   // A vCPU that is not the first waits for another one where there is an interrupt controller.
   kernel.ioctlStruct(fd, KVM_SET_MP_STATE, new Uint8Array(4));
@@ -101,7 +110,7 @@ function segment(
 }
 
 /** Whether this host's hypercall instruction is VMMCALL: AMD's, and Hygon's. The other one would be an exception, or patched into it. */
-export function usesVmmcall(vm: Vm): boolean {
+export function usesVmmcall(vm: SetupVm): boolean {
   const { kernel } = vm.backing;
   if (kernel.name !== 'linux' || kernel.arch !== 'x86_64') return false;
   try {

@@ -72,6 +72,11 @@ export class PageTables {
     return true;
   }
 
+  /** Builds everything anew when next asked: somebody else may have written to the tables. */
+  forget(): void {
+    this.#used = 0;
+  }
+
   #blocks(window: number): Uint8Array {
     const first = BigInt(window * GiB) | this.#bits.block;
     const entries = BigUint64Array.from({ length: ENTRIES }, (_, index) => first + BigInt(index * BLOCK));

@@ -1,6 +1,5 @@
 import { list } from '../format.ts';
-import { type Arch, type BackendName, Kvm, KvmError, type VmDescription, type VmType } from '../index.ts';
-import { vmTypeNames } from '../vm_type.ts';
+import { type Arch, type BackendName, Kvm, type VmDescription, type VmType } from '../index.ts';
 import { type MemoryMap, memoryMap } from './memory_map.ts';
 import type { DemoOptions } from './options.ts';
 import { layout, privateTour, type Step, sharedTour } from './tour.ts';
@@ -37,7 +36,7 @@ export type DemoEvent =
 export async function* demo(options: DemoOptions): AsyncGenerator<DemoEvent> {
   const { open, memory } = options;
   using kvm = Kvm.open(open);
-  const type = options.type === undefined ? bestType(kvm) : knownType(kvm, options.type);
+  const type = options.type ?? bestType(kvm);
   const goesOn = open.backend === 'auto' && kvm.backend === 'kvm' && options.type === undefined;
   const done = yield* perform(kvm, type, memory, goesOn);
   if (done.privateMemory || !goesOn) return;
@@ -89,10 +88,4 @@ function missing(kvm: Kvm, type: VmType, goesOn: boolean): string {
 /** The type to show when none is asked for: one with private memory that needs no preparation. */
 function bestType({ vmTypes }: Kvm): VmType {
   return vmTypes.has('sw-protected') ? 'sw-protected' : 'default';
-}
-
-function knownType(kvm: Kvm, name: string): VmType {
-  const found = vmTypeNames.find((one) => one === name);
-  if (found !== undefined) return found;
-  throw KvmError.unsupported(`there is no VM type '${name}'; this host has ${[...kvm.vmTypes].join(', ')}`);
 }

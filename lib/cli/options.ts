@@ -2,6 +2,7 @@ import { parseArgs } from 'node:util';
 import type { BackendName, KernelVersion, OpenOptions } from '../index.ts';
 import { type Arch, kernelVersions } from '../model_options.ts';
 import { GiB, KiB, MiB, TiB } from '../uapi.ts';
+import { type VmType, vmTypeNames } from '../vm_type.ts';
 
 /** What the user typed cannot be: one line, and where help is. */
 export class UsageError extends Error {
@@ -24,7 +25,7 @@ export interface Common {
 
 export interface DemoOptions extends Common {
   /** The VM type asked for; the best there is when undefined. */
-  readonly type: string | undefined;
+  readonly type: VmType | undefined;
   /** Bytes of guest memory. */
   readonly memory: number;
 }
@@ -71,9 +72,10 @@ function parseDemo(argv: readonly string[]): Command {
   const values = strictly('demo', () => parseArgs({ args: [...argv], options }).values);
   if (values.help) return { name: 'help', topic: 'demo' };
   const memory = values.memory === undefined ? MEMORY.usual : parseSize(values.memory);
+  const type = values.type === undefined ? undefined : oneOf('demo', 'type', values.type, vmTypeNames);
   return {
     name: 'demo',
-    options: { open: openOptions('demo', values), json: values.json, type: values.type, memory },
+    options: { open: openOptions('demo', values), json: values.json, type, memory },
   };
 }
 

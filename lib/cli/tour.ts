@@ -1,4 +1,17 @@
-import { type ConversionReport, GiB, type GuestRange, KvmError, MiB, type Vm } from '../index.ts';
+import { AGENT_SIZE } from '../agent/protocol.ts';
+import {
+  type ConversionReport,
+  type FileRange,
+  GiB,
+  GuestAgent,
+  type GuestMemfd,
+  type GuestRange,
+  type HostMemory,
+  KiB,
+  KvmError,
+  MiB,
+  type Vm,
+} from '../index.ts';
 import { amount, code, place } from './text.ts';
 
 /** One act: what is done, and what came of it. */
@@ -24,6 +37,10 @@ export interface Layout {
 }
 
 const GREETING = 0x1000;
+/** The answer of the guest, in the same page. */
+const ANSWER = 0x1800;
+/** Where the guest's code lives: no act converts or discards it. */
+const AGENT = 64 * KiB;
 const HIGH = 4 * GiB;
 const LOW_MAX = 3 * GiB;
 
@@ -56,6 +73,9 @@ export async function* privateTour(vm: Vm, { low, high, unit }: Layout): AsyncGe
 
   const image = { address: 8 * unit, size: unit / 2 };
   yield hostAccess(vm, image);
+  const guest = bootGuest(vm);
+  using agent = guest.agent;
+  yield guest.step;
   yield refused('hole', 'What no memslot backs is refused', `vm.memory.read(${code(low.size)} - 4, 8)`, () =>
     vm.memory.read(low.size - 4, 8),
   );
@@ -70,21 +90,13 @@ export async function* privateTour(vm: Vm, { low, high, unit }: Layout): AsyncGe
   const toPrivateAbove = await vm.convert(above, 'private');
   yield conversion('convert-private-above', 'The same above 4 GiB', above, toPrivateAbove);
 
-  const written = { offset: 11 * unit, size: 2 * unit };
-  const writtenAbove = { offset: low.size + 4 * unit, size: unit / 2 };
-  file.allocate(written);
-  file.allocate(writtenAbove);
-  yield step('guest-writes', 'The guest fills some of its private memory', {
-    calls: [
-      `file.allocate({ offset: ${code(written.offset)}, size: ${code(written.size)} })`,
-      `file.allocate({ offset: ${code(low.size)} + ${code(4 * unit)}, size: ${code(writtenAbove.size)} })`,
-    ],
-    outcome: ['nobody runs this guest: pages allocated for it stand in for its writes'],
-    numbers: { allocatedBytes: written.size + writtenAbove.size },
-  });
+  const written = { address: 11 * unit, size: 2 * unit };
+  const writtenAbove = { address: HIGH + 4 * unit, size: unit / 2 };
+  const inFile = { offset: low.size + 4 * unit, size: writtenAbove.size };
+  yield guestWrites(agent, file, written, writtenAbove, inFile);
 
-  yield refused('private-read', 'The host cannot read it', `vm.memory.read(${code(written.offset)}, 16)`, () =>
-    vm.memory.read(written.offset, 16),
+  yield refused('private-read', 'The host cannot read it', `vm.memory.read(${code(written.address)}, 16)`, () =>
+    vm.memory.read(written.address, 16),
   );
 
   const part = { address: 8 * unit, size: 4 * unit };
@@ -93,20 +105,20 @@ export async function* privateTour(vm: Vm, { low, high, unit }: Layout): AsyncGe
   const zeros = vm.memory.read(image.address, 16).every((byte) => byte === 0);
   const touched = ram.residentBytes() - heldBefore;
   yield conversion('convert-shared', 'Give a part back to the host', part, toShared, [
-    `the host reads ${zeros ? 'zeros' : 'data'} there: nothing private comes out${touched > 0 ? ` (looking made a page of ${amount(touched)})` : ''}`,
+    `the host reads ${zeros ? 'zeros' : 'data'} there: nothing private comes out${made(touched)}`,
   ]);
 
   const again = await vm.convert(below, 'private');
   yield conversion('convert-again', 'Make all of it private again', below, again);
 
   const before = file.residentBytes();
-  file.punchHole(writtenAbove);
+  file.punchHole(inFile);
   const freed = before - file.residentBytes();
   yield step('punch-hole', 'Punch a hole into the private memory', {
-    calls: [`file.punchHole({ offset: ${code(low.size)} + ${code(4 * unit)}, size: ${code(writtenAbove.size)} })`],
+    calls: [`file.punchHole({ offset: ${code(low.size)} + ${code(4 * unit)}, size: ${code(inFile.size)} })`],
     outcome: [
-      `${amount(freed)} given back; still private, and zeros when the guest looks`,
-      `offset ${place(writtenAbove.offset)} of the file is guest address ${place(HIGH + 4 * unit)}`,
+      `${amount(freed)} given back; it is still private`,
+      `offset ${place(inFile.offset)} of the file is guest address ${place(writtenAbove.address)}: ${guestLooks(agent, writtenAbove.address, file)}`,
     ],
     numbers: { freedBytes: freed },
   });
@@ -140,6 +152,9 @@ export async function* sharedTour(vm: Vm, { low, high, unit }: Layout): AsyncGen
 
   const image = { address: 8 * unit, size: unit / 2 };
   yield hostAccess(vm, image);
+  const guest = bootGuest(vm);
+  using agent = guest.agent;
+  yield guest.step;
   yield refused('hole', 'What no memslot backs is refused', `vm.memory.read(${code(low.size)} - 4, 8)`, () =>
     vm.memory.read(low.size - 4, 8),
   );
@@ -152,7 +167,7 @@ export async function* sharedTour(vm: Vm, { low, high, unit }: Layout): AsyncGen
   const freed = before - (memory?.residentBytes() ?? 0);
   yield step('punch-hole', 'Punch a hole where the image was', {
     calls: [`${file ? 'file.punchHole' : 'ram.discard'}({ offset: ${code(hole.offset)}, size: ${code(hole.size)} })`],
-    outcome: [`${amount(freed)} given back to the host; the guest would read zeros`],
+    outcome: [`${amount(freed)} given back to the host`, guestLooks(agent, image.address, memory)],
     numbers: { freedBytes: freed },
   });
 
@@ -177,6 +192,96 @@ function hostAccess(vm: Vm, image: GuestRange): Step {
     outcome: [`reads back '${read.join("' and '")}'`],
     numbers: { writtenBytes: image.size + texts.reduce((sum, [, text]) => sum + text.length, 0) },
   });
+}
+
+/** A vCPU does what the host just did, in the same memory. */
+function bootGuest(vm: Vm): { readonly agent: GuestAgent | null; readonly step: Step } {
+  const id = 'guest-access';
+  const boot = `agent = GuestAgent.boot(vm, { address: ${code(AGENT)} })`;
+  let agent: GuestAgent;
+  try {
+    agent = GuestAgent.boot(vm, { address: AGENT });
+  } catch (error) {
+    if (!(error instanceof KvmError)) throw error;
+    const { code, message } = error;
+    return {
+      agent: null,
+      step: { ...step(id, 'No vCPU runs in this VM', { calls: [boot] }), refusal: { code, message } },
+    };
+  }
+  const name = `vCPU ${agent.vcpu.id}`;
+  const [below, above] = [`${name} below`, `${name} above`];
+  const heard = [GREETING, HIGH + GREETING].map((at) => Buffer.from(agent.read(at, 11)).toString());
+  agent.write(ANSWER, Buffer.from(below));
+  agent.write(HIGH + ANSWER, Buffer.from(above));
+  const answers = [ANSWER, HIGH + ANSWER].map((at) => Buffer.from(vm.memory.read(at, below.length)).toString());
+  return {
+    agent,
+    step: step(id, `A vCPU reads and writes the same memory`, {
+      calls: [
+        `${boot}  // runs ${name}`,
+        `agent.read(0x1000, 11), agent.read(4 * GiB + 0x1000, 11)`,
+        `agent.write(0x1800, '${below}')`,
+        `agent.write(4 * GiB + 0x1800, '${above}')`,
+      ],
+      outcome: [
+        `${name} reads '${heard.join("' and '")}'`,
+        `the host reads '${answers.join("' and '")}'`,
+        `${amount(AGENT_SIZE)} more are held: the code that ${name} runs, and its page tables`,
+      ],
+      numbers: { vcpu: agent.vcpu.id, agentBytes: AGENT_SIZE, writtenBytes: below.length + above.length },
+    }),
+  };
+}
+
+function guestWrites(
+  agent: GuestAgent | null,
+  file: GuestMemfd,
+  below: GuestRange,
+  above: GuestRange,
+  inFile: FileRange,
+): Step {
+  const [id, title] = ['guest-writes', 'The guest fills some of its private memory'];
+  const start = `4 * GiB + ${code(above.address - HIGH)}`;
+  const heldBefore = file.residentBytes();
+  if (!agent) {
+    // Both regions are on one file, the lower one from its start.
+    file.allocate({ offset: below.address, size: below.size });
+    file.allocate(inFile);
+    return step(id, title, {
+      calls: [
+        `file.allocate({ offset: ${code(below.address)}, size: ${code(below.size)} })`,
+        `file.allocate({ offset: ${code(inFile.offset)}, size: ${code(inFile.size)} })`,
+      ],
+      outcome: ['no vCPU runs in this VM: pages allocated for the guest stand in for its writes'],
+      numbers: { allocatedBytes: file.residentBytes() - heldBefore },
+    });
+  }
+  for (const range of [below, above]) agent.fill(range, 0x5a);
+  const [last] = agent.read(above.address + above.size - 1, 1);
+  return step(id, title, {
+    calls: [
+      `agent.fill({ address: ${code(below.address)}, size: ${code(below.size)} }, 0x5a)`,
+      `agent.fill({ address: ${start}, size: ${code(above.size)} }, 0x5a)`,
+    ],
+    outcome: [
+      `vCPU ${agent.vcpu.id} wrote ${amount(below.size + above.size)}, and reads 0x${last?.toString(16)} there`,
+    ],
+    numbers: { vcpu: agent.vcpu.id, allocatedBytes: file.residentBytes() - heldBefore },
+  });
+}
+
+/** What the guest sees where a hole was punched. */
+function guestLooks(agent: GuestAgent | null, address: number, memory: GuestMemfd | HostMemory | null): string {
+  if (!agent) return 'the guest would read zeros';
+  const before = memory?.residentBytes() ?? 0;
+  const zeros = agent.read(address, 16).every((byte) => byte === 0);
+  const touched = (memory?.residentBytes() ?? 0) - before;
+  return `vCPU ${agent.vcpu.id} reads ${zeros ? 'zeros' : 'data'} there${made(touched)}`;
+}
+
+function made(bytes: number): string {
+  return bytes > 0 ? ` (looking made a page of ${amount(bytes)})` : '';
 }
 
 function conversion(

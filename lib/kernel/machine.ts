@@ -11,6 +11,8 @@ export class Machine {
   readonly swProtected: boolean;
   readonly tdp: boolean;
   readonly pkvm: boolean;
+  /** x86: system management mode is built in, so that ordinary VMs have a second address space. */
+  readonly smm: boolean;
   readonly #version: number;
 
   constructor(options: {
@@ -20,6 +22,7 @@ export class Machine {
     swProtected: boolean;
     tdp: boolean;
     pkvm: boolean;
+    smm: boolean;
   }) {
     this.arch = options.arch;
     this.release = options.release;
@@ -27,6 +30,7 @@ export class Machine {
     this.swProtected = options.swProtected;
     this.tdp = options.tdp;
     this.pkvm = options.pkvm;
+    this.smm = options.smm;
     this.#version = versionNumber(options.release);
   }
 
@@ -36,6 +40,7 @@ export class Machine {
       kernel = '7.3',
       pageSize = 4096,
       pkvm = false,
+      smm = arch === 'x86_64',
       tdp = true,
       swProtected = tdp && arch === 'x86_64',
     } = options;
@@ -43,15 +48,16 @@ export class Machine {
     const refuse = (what: string): never => {
       throw rangeError(`software kernel: ${what}`);
     };
-    for (const [name, value] of Object.entries({ swProtected, tdp, pkvm })) boolean(name, value);
+    for (const [name, value] of Object.entries({ swProtected, tdp, pkvm, smm })) boolean(name, value);
     if (arch !== 'x86_64' && arch !== 'aarch64') refuse(`arch is 'x86_64' or 'aarch64', not ${shown(arch)}`);
     if (!kernelVersions.includes(kernel)) refuse(`kernel is one of ${kernelVersions.join(', ')}, not ${shown(kernel)}`);
     if (!pageSizes.includes(pageSize))
       refuse(`pageSize on ${arch} is one of ${pageSizes.join(', ')}, not ${shown(pageSize)}`);
     if (swProtected && arch !== 'x86_64') refuse('SW_PROTECTED VMs exist on x86_64 only');
     if (swProtected && !tdp) refuse('SW_PROTECTED VMs need hardware paging (tdp)');
+    if (smm && arch !== 'x86_64') refuse('system management mode exists on x86_64 only');
     if (pkvm && arch !== 'aarch64') refuse('pKVM exists on aarch64 only');
-    return new Machine({ arch, release: kernel, pageSize, swProtected, tdp, pkvm });
+    return new Machine({ arch, release: kernel, pageSize, swProtected, tdp, pkvm, smm });
   }
 
   since(version: KernelVersion): boolean {
@@ -125,7 +131,7 @@ export function checkExtension(machine: Machine, capability: number, vm?: VmKind
     case KVM_CAP.READONLY_MEM:
       return vm?.isProtected ? 0 : 1;
     case KVM_CAP.MULTI_ADDRESS_SPACE:
-      return x86(vm?.addressSpaces ?? 2);
+      return x86(vm?.addressSpaces ?? (machine.smm ? 2 : 0));
     case KVM_CAP.ARM_VM_IPA_SIZE:
       return isArm ? machine.ipaLimit : 0;
     case KVM_CAP.MANUAL_DIRTY_LOG_PROTECT2:

@@ -94,7 +94,7 @@ export class VmFile extends OpenFile {
     this.hasPrivate = !machine.isArm && [1, 4, 5].includes(type);
     this.isProtected = machine.isArm && type >= 0x8000_0000;
     this.ipaBits = machine.pkvm ? machine.ipaLimit : type & 0xff || 40;
-    this.addressSpaces = addressSpaces ?? (machine.isArm ? 0 : this.hasPrivate ? 1 : 2);
+    this.addressSpaces = addressSpaces ?? (!machine.smm ? 0 : this.hasPrivate ? 1 : 2);
     const count = Math.max(1, this.addressSpaces);
     this.#slots = Array.from({ length: count }, () => new Map());
     this.#gfns = Array.from({ length: count }, () => new RangeMap());

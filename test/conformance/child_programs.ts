@@ -9,6 +9,8 @@ import {
   PROT_WRITE,
 } from '../../lib/uapi.ts';
 
+const KVM_GET_MP_STATE = 0x8004ae98;
+
 /**
  * What another process does with the fds it inherits. Each runs either over the software kernel's `fork()` or in a child process of
  * the running kernel, which finds it here by name.
@@ -35,6 +37,14 @@ export function createGmemOnVm(kernel: Kernel, [vm = -1]: readonly number[]): nu
 
 export function useKvm(kernel: Kernel, [kvm = -1]: readonly number[]): number[] {
   return [kernel.checkExtension(kvm, KVM_CAP.USER_MEMORY), kernel.getApiVersion(kvm), kernel.createVm(kvm, 0)];
+}
+
+/** Requests on the parent's vCPU: one that copies a struct, one that would be refused for its flags. */
+export function useVcpu(kernel: Kernel, [vcpu = -1]: readonly number[]): number[] {
+  return [
+    kernel.ioctlStruct(vcpu, KVM_GET_MP_STATE, new Uint8Array(4)),
+    kernel.preFaultMemory(vcpu, { gpa: 0n, size: 0n, flags: 1 }),
+  ];
 }
 
 export function punchFirstPage(kernel: Kernel, [file = -1]: readonly number[]): number[] {
@@ -87,6 +97,7 @@ export const childPrograms: readonly ChildProgram[] = [
   useVm,
   createGmemOnVm,
   useKvm,
+  useVcpu,
   punchFirstPage,
   allocateFirstPage,
   readAndWriteMapping,

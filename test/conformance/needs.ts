@@ -6,7 +6,7 @@ import {
   MPOL_LOCAL,
   UFFD_FEATURE_WP_ASYNC,
 } from '../../lib/uapi.ts';
-import { compareVersions, INIT_SHARED, MMAP, type Need, type Scenario } from './scenario.ts';
+import { compareVersions, INIT_SHARED, MMAP, matches, type Need, type Scenario } from './scenario.ts';
 
 function need(missing: string, met: (s: Scenario) => boolean): Need {
   return { missing, met };
@@ -41,6 +41,19 @@ export const attributes = need('attributes not built', (s) => s.cap(s.kvm, 'MEMO
 export const noAttributes = need('attributes are built', (s) => s.cap(s.kvm, 'MEMORY_ATTRIBUTES') === 0);
 export const tdp = need('no TDP', (s) => s.cap(s.kvm, 'PRE_FAULT_MEMORY') === 1);
 export const noTdp = need('TDP, or no way to tell', (s) => s.since('6.11') && s.cap(s.kvm, 'PRE_FAULT_MEMORY') === 0);
+/** The guest's accesses go through page tables of the CPU's own. Before 6.11 only SW_PROTECTED VMs tell, which need it. */
+export const hardwarePaging = need(
+  'no hardware paging for guests',
+  (s) => s.kernel.arch === 'aarch64' || s.cap(s.kvm, 'PRE_FAULT_MEMORY') === 1 || listsType1(s),
+);
+/** KVM carries out all guest code itself: then a page without host memory is MMIO. Contract §13.6. */
+export const emulated = need('guest code is not emulated', (s) => {
+  if (!noTdp.met(s) || s.kernel.arch === 'aarch64') return false;
+  const vm = s.vm();
+  s.slot(vm);
+  return matches(s.guest(vm).get(0), ['MMIO read', 0]);
+});
+export const logsWritesOnly = need('TDP, which logs some reads', (s) => s.kernel.arch === 'aarch64' || noTdp.met(s));
 export const smm = need('no SMM address space', (s) => s.cap(s.vm(), 'MULTI_ADDRESS_SPACE') === 2);
 export const gmemOnDefaultVm = need('no guest_memfd on a default VM', (s) => s.cap(s.vm(), 'GUEST_MEMFD') === 1);
 export const gmemSlots = need(
@@ -71,5 +84,16 @@ export const asyncWriteProtect = need('no userfaultfd WP_ASYNC', (s) => {
 /** Two needs ask which backend it is. A modelled page cannot end the process, and modelled memory has one buffer for all its windows. */
 export const realMemory = need('modelled memory raises no signals', (s) => s.kernel.name === 'linux');
 export const separateWindows = need('windows of one memory share their buffer', (s) => s.kernel.name === 'linux');
+/** And two what runs there: a model runs the guest agent only, and remembers no MMIO. */
+export const machineCode = need(
+  'the model runs no machine code',
+  (s) => s.kernel.name === 'linux' && s.kernel.arch === 'x86_64',
+);
+export const mmioCache = need('the model remembers no MMIO', (s) => s.kernel.name === 'linux');
+/** And one that only a model meets: it takes no memory from the host for a protected guest, so the agent's mailbox works. */
+export const reachable = need(
+  'a protected guest’s memory is out of reach, also the agent’s mailbox',
+  (s) => s.kernel.name === 'software',
+);
 /** What no model can have. */
-export const needRealKernel: readonly Need[] = [realMemory, separateWindows];
+export const needRealKernel: readonly Need[] = [realMemory, separateWindows, machineCode, mmioCache];

@@ -14,6 +14,7 @@ import {
   PROT_WRITE,
 } from '../../lib/uapi.ts';
 import type { ChildProgram } from './child_programs.ts';
+import { exitReason, Guest } from './guest.ts';
 
 /** Bytes of the address space and of the largest file, both plus one. */
 export const U64_END = 2n ** 64n;
@@ -28,7 +29,10 @@ export const INIT_SHARED = GUEST_MEMFD_FLAG_INIT_SHARED;
 export type Outcome = number | bigint | string | boolean | null | undefined | readonly Outcome[];
 
 /** 'ok' stands for any result ≥ 0. */
-export type Answer = ErrnoName | 'ok' | 'TypeError' | 'SIGBUS' | number | bigint | boolean | null;
+export type Answer = ErrnoName | 'ok' | 'TypeError' | 'SIGBUS' | ExitName | number | bigint | boolean | null;
+
+/** How a guest left, ahead of what its exit says. */
+export type ExitName = 'MMIO read' | 'MMIO write' | 'port' | 'hypercall' | 'exit';
 
 /** The answer since these versions; `before` is that of all older ones. */
 export interface Versioned {
@@ -167,7 +171,7 @@ export interface MapOptions {
   offset?: U64;
 }
 
-export type FdKind = 'kvm' | 'vm' | 'gmem' | 'file';
+export type FdKind = 'kvm' | 'vm' | 'vcpu' | 'gmem' | 'file';
 
 /** Runs a program in another process that inherits these fds. How depends on the backend. */
 export type InChild = (
@@ -320,6 +324,22 @@ export class Scenario {
   }
   clearDirty(vm: number, slot: number, firstPage: U64, numPages: number, bitmap: Uint8Array | null = null): Result {
     return this.kernel.clearDirtyLog(vm, { slot, firstPage, numPages, dirtyBitmap: bitmap });
+  }
+
+  // ── vCPUs
+  vcpu(vm: number, id = 0): number {
+    return this.#built(this.#track('vcpu', this.kernel.createVcpu(vm, id)), 'create a vCPU');
+  }
+  /** A vCPU that does what the case says, waiting for it; or one about to run this machine code. */
+  guest(vm: number, code?: readonly number[]): Guest {
+    return new Guest(this, vm, code);
+  }
+  /** KVM_PRE_FAULT_MEMORY: the result, what is left as its first page and their number, and the exit reason in kvm_run. */
+  preFault(vcpu: number, page: number, pages: number): Outcome {
+    const args = { gpa: BigInt(page * this.P), size: BigInt(pages * this.P), flags: 0 };
+    const result = this.kernel.preFaultMemory(vcpu, args);
+    const left = [args.gpa, args.size].map((bytes) => Number(bytes) / this.P);
+    return [result, ...left, exitReason(this.kernel.runPage(vcpu))];
   }
 
   // ── files and mappings

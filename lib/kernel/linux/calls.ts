@@ -10,7 +10,7 @@ export abstract class LinuxCalls {
   protected readonly native: Addon;
   protected readonly command: Command;
   protected readonly files = new FileTable();
-  protected refusal: (() => string | null) | null = null;
+  protected refusal: string | null = null;
 
   constructor(native: Addon) {
     this.native = native;
@@ -18,7 +18,7 @@ export abstract class LinuxCalls {
   }
 
   explain(): string | null {
-    return this.refusal?.() ?? null;
+    return this.refusal;
   }
 
   /** The fd as it is when this kernel opened it, -1 otherwise: so that the kernel itself answers EBADF, at its place in the order. */
@@ -36,7 +36,7 @@ export abstract class LinuxCalls {
   }
 
   protected refused<S, R>(result: Result, rules: readonly Rule<S, R>[], subject: S | undefined, request: R): Result {
-    this.refusal = () => (subject ? (explain(rules, subject, request, -result)?.sentence ?? null) : null);
+    this.refusal = subject && result < 0 ? (explain(rules, subject, request, -result)?.sentence ?? null) : null;
     return result;
   }
 

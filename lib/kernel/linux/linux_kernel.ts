@@ -500,7 +500,7 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
     if (!owner && this.files.get(vm)?.kind === 'vm') return this.answer(-ERRNO.EIO);
     if (owner && isDangerous(owner, request)) {
       const violation = check(memslotRules, owner, request);
-      this.refusal = () => violation?.sentence ?? null;
+      this.refusal = violation?.sentence ?? null;
       return -(violation?.errno ?? ERRNO.EINVAL);
     }
     this.command.i32(0, this.own(vm)).i32(1, slot).i32(2, request.flags);
@@ -565,15 +565,19 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
   /** What the rules need to know of the running kernel, asked of it. */
   #probeMachine(kvm: number): Machine {
     const ask = (capability: number): boolean => this.ioctlWord(kvm, KVM_CHECK_EXTENSION, capability) > 0;
-    this.#machine ??= new Machine({
+    if (this.#machine) return this.#machine;
+    const machine = new Machine({
       arch: this.arch,
       release: this.release,
       pageSize: this.pageSize,
       swProtected: ask(KVM_CAP.MEMORY_ATTRIBUTES),
       tdp: ask(KVM_CAP.PRE_FAULT_MEMORY),
       pkvm: false,
+      smm: ask(KVM_CAP.MULTI_ADDRESS_SPACE),
     });
-    return this.#machine;
+    // What an fd that is not /dev/kvm answers is not to be remembered.
+    if (this.files.get(kvm)?.kind === 'kvm') this.#machine = machine;
+    return machine;
   }
 }
 

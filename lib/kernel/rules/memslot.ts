@@ -10,6 +10,8 @@ const existing = (vm: VmFile, r: RegionRequest): MemslotState | undefined => vm.
 const isDelete = (r: RegionRequest): boolean => isZero(r.memorySize);
 const isCreate = (vm: VmFile, r: RegionRequest): boolean => !isDelete(r) && !existing(vm, r);
 const binds = (vm: VmFile, r: RegionRequest): boolean => isCreate(vm, r) && (r.flags & KVM_MEM_GUEST_MEMFD) !== 0;
+const boundFile = (r: RegionRequest): GuestMemfdFile | undefined =>
+  r.file instanceof GuestMemfdFile ? r.file : undefined;
 const range = (r: RegionRequest): string => formatRange(r.guestPhysAddr, r.memorySize);
 
 function slotRange(vm: VmFile, slot: MemslotState): string {
@@ -163,12 +165,11 @@ export const memslotRules: readonly SlotRule[] = [
   rule(
     'EINVAL',
     'gmem-vm',
-    (vm, r) =>
-      binds(vm, r) && (r.file as GuestMemfdFile).vm !== vm && `guest_memfd fd ${r.guestMemfd} belongs to another VM`,
+    (vm, r) => binds(vm, r) && boundFile(r)?.vm !== vm && `guest_memfd fd ${r.guestMemfd} belongs to another VM`,
   ),
   rule('EINVAL', 'gmem-end', (vm, r) => {
-    const file = r.file as GuestMemfdFile;
-    const beyond = binds(vm, r) && sumExceeds(r.guestMemfdOffset, r.memorySize, file.size);
+    const file = boundFile(r);
+    const beyond = file && binds(vm, r) && sumExceeds(r.guestMemfdOffset, r.memorySize, file.size);
     return (
       beyond &&
       `${formatBytes(r.memorySize)} from offset ${formatBytes(r.guestMemfdOffset)} end past the end of guest_memfd fd ${r.guestMemfd}, ${formatBytes(file.size)}`
@@ -199,7 +200,7 @@ export const memslotRules: readonly SlotRule[] = [
     return beyond && `${range(r)} ends above the ${vm.ipaBits} bits of guest physical address of this VM`;
   }),
   rule('EINVAL', 'gmem-needs-mmap', (vm, r) => {
-    const lacks = vm.machine.isArm && binds(vm, r) && !((r.file as GuestMemfdFile).flags & GUEST_MEMFD_FLAG_MMAP);
+    const lacks = vm.machine.isArm && binds(vm, r) && !((boundFile(r)?.flags ?? 0) & GUEST_MEMFD_FLAG_MMAP);
     return lacks && 'on arm64 a slot needs a guest_memfd created with MMAP';
   }),
   // 21

@@ -34,6 +34,8 @@ export function check<S, R>(rules: readonly Rule<S, R>[], subject: S, request: R
 /** The broken rule that gives this errno: why a real kernel may have answered so. */
 export function explain<S, R>(rules: readonly Rule<S, R>[], subject: S, request: R, errno: number): Violation | null {
   for (const one of rules) {
+    // A rule of another errno may rely on those before it, which the kernel has checked and we have not.
+    if (typeof one.errno === 'string' && ERRNO[one.errno] !== errno) continue;
     const violation = check([one], subject, request);
     if (violation?.errno === errno) return violation;
   }

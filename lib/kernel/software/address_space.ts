@@ -12,13 +12,17 @@ import {
   MADV_POPULATE_WRITE,
   MADV_REMOVE,
   MADV_WIPEONFORK,
+  MiB,
   MPOL_BIND,
   MPOL_DEFAULT,
   MPOL_INTERLEAVE,
   MPOL_LOCAL,
   MPOL_PREFERRED,
+  MPOL_PREFERRED_MANY,
+  MPOL_WEIGHTED_INTERLEAVE,
   PROT_EXEC,
   PROT_READ,
+  PROT_SEM,
   PROT_WRITE,
 } from '../../uapi.ts';
 import type { Result } from '../kernel.ts';
@@ -150,16 +154,19 @@ export class AddressSpace {
     return 0;
   }
 
-  /** A child's copy: shared mappings share, private ones get their bytes copied. */
+  /** A child's copy: the bytes of shared mappings are shared, those of private ones copied, and each has its own of everything else. */
   fork(): AddressSpace {
     const child = new AddressSpace(this.#machine);
+    const { pageSize } = this.#machine;
     child.#next = this.#next;
-    this.#mappings.forEach((mapping, handle) => {
-      child.#mappings[handle] = mapping?.shared ? mapping : mapping && copyPrivate(mapping, this.#machine.pageSize);
-      if (mapping?.shared) mapping.file?.hold();
-    });
     child.#free.push(...this.#free);
-    for (const { start, end, value } of this.#addresses) child.#addresses.set(start, end, value);
+    this.#mappings.forEach((mapping, handle) => {
+      const copy = mapping && copyMapping(mapping, pageSize);
+      child.#mappings[handle] = copy;
+      if (!copy) return;
+      const first = Number(copy.address / BigInt(pageSize));
+      child.#addresses.set(first, first + copy.pages, copy);
+    });
     return child;
   }
 
@@ -172,7 +179,7 @@ export class AddressSpace {
   }
 
   poke(mapping: Mapping, offset: number, source: Uint8Array): Result {
-    return this.#copy(mapping, offset, source.length, PROT_READ | PROT_WRITE, (at, length) => {
+    return this.#copy(mapping, offset, source.length, PROT_WRITE, (at, length) => {
       this.#fillPrivate(mapping, at, length);
       mapping.store.write(at, source.subarray(0, length));
     });
@@ -188,7 +195,7 @@ export class AddressSpace {
   }
 
   protect(mapping: Mapping, start: number, end: number, prot: number): Result {
-    if (prot & ~(PROT_READ | PROT_WRITE | PROT_EXEC)) return -ERRNO.EINVAL;
+    if (prot & ~(PROT_READ | PROT_WRITE | PROT_EXEC | PROT_SEM)) return -ERRNO.EINVAL;
     if (prot & PROT_EXEC && mapping.gmem) return -ERRNO.EACCES;
     mapping.protection.set(start, end, prot);
     return 0;
@@ -206,17 +213,17 @@ export class AddressSpace {
         return 0;
       case MADV_REMOVE:
         if (mapping.locked.overlaps(start, end) || !mapping.file) return -ERRNO.EINVAL;
-        if (!mapping.shared || !((mapping.protection.get(start) ?? 0) & PROT_WRITE)) return -ERRNO.EACCES;
+        if (!mapping.shared) return -ERRNO.EACCES;
         store.discard(pgoff + start, pgoff + end);
         return 0;
       case MADV_FREE:
       case MADV_WIPEONFORK:
         return anonymous && !mapping.shared ? 0 : -ERRNO.EINVAL;
       case MADV_COLLAPSE:
-        return gmem ? -ERRNO.EINVAL : 0;
+        return gmem || !this.#hasHugePage(mapping, start, end) ? -ERRNO.EINVAL : 0;
       case MADV_POPULATE_READ:
       case MADV_POPULATE_WRITE: {
-        const prot = advice === MADV_POPULATE_READ ? PROT_READ : PROT_READ | PROT_WRITE;
+        const prot = advice === MADV_POPULATE_READ ? PROT_READ : PROT_WRITE;
         if (((mapping.protection.get(start) ?? 0) & prot) === prot)
           return this.populate(mapping, start, end, prot) ? 0 : -ERRNO.EFAULT;
         return -ERRNO.EINVAL;
@@ -233,6 +240,13 @@ export class AddressSpace {
     }
   }
 
+  /** Whether the range has 2 MiB that begin at a multiple of 2 MiB. */
+  #hasHugePage(mapping: Mapping, start: number, end: number): boolean {
+    const pages = (2 * MiB) / this.#machine.pageSize;
+    const first = Number(mapping.address / BigInt(this.#machine.pageSize)) + start;
+    return Math.ceil(first / pages) * pages + pages <= first + end - start;
+  }
+
   lock(mapping: Mapping, start: number, end: number): Result {
     mapping.locked.set(start, end, true);
     return this.populate(mapping, start, end, PROT_READ) ? 0 : -ERRNO.ENOMEM;
@@ -244,9 +258,9 @@ export class AddressSpace {
 
   /** One NUMA node, number 0. */
   bind(mapping: Mapping, start: number, end: number, policy: number, nodes: readonly number[]): Result {
-    const needsNodes = policy === MPOL_BIND || policy === MPOL_INTERLEAVE;
+    const needsNodes = [MPOL_BIND, MPOL_INTERLEAVE, MPOL_PREFERRED_MANY, MPOL_WEIGHTED_INTERLEAVE].includes(policy);
     const takesNodes = needsNodes || policy === MPOL_PREFERRED;
-    if (policy < MPOL_DEFAULT || policy > MPOL_LOCAL) return -ERRNO.EINVAL;
+    if (policy < MPOL_DEFAULT || policy > MPOL_WEIGHTED_INTERLEAVE) return -ERRNO.EINVAL;
     if (nodes.some((node) => node !== 0) || (needsNodes && nodes.length === 0) || (!takesNodes && nodes.length > 0))
       return -ERRNO.EINVAL;
     const stored = policy === MPOL_PREFERRED && nodes.length === 0 ? MPOL_LOCAL : policy;
@@ -274,6 +288,10 @@ export class AddressSpace {
   releaseWindow(view: Uint8Array): void {
     const found = this.#buffers.get(view.buffer);
     if (found && view.length > 0) found.mapping.store.detach(view.byteOffset + found.shift, view.length);
+  }
+
+  isWindow(buffer: Uint8Array): boolean {
+    return this.#buffers.has(buffer.buffer);
   }
 
   /** How many bytes of a buffer given to a call a touch reaches: all of ordinary memory, and of a window the pages that are there. */
@@ -358,10 +376,14 @@ function* gaps(store: PageStore, start: number, end: number): Generator<number> 
   for (; page < end; page++) yield page;
 }
 
-function copyPrivate(mapping: Mapping, pageSize: number): Mapping {
-  const copy = new Mapping(mapping.address, mapping.pages, false, mapping.file, mapping.pgoff, pageSize, PROT_READ);
+function copyMapping(mapping: Mapping, pageSize: number): Mapping {
+  const { address, pages, shared, file, pgoff } = mapping;
+  const copy = new Mapping(address, pages, shared, file, pgoff, pageSize, mapping.protection.get(0) ?? 0);
   for (const { start, end, value } of mapping.protection) copy.protection.set(start, end, value);
-  for (const range of mapping.store.presentWithin(0, mapping.pgoff + mapping.pages)) {
+  for (const { start, end } of mapping.guards) copy.guards.set(start, end, true);
+  for (const { start, end, value } of mapping.policy) copy.policy.set(start, end, value);
+  if (shared) return copy;
+  for (const range of mapping.store.presentWithin(0, pgoff + pages)) {
     const bytes = new Uint8Array((range.end - range.start) * pageSize);
     mapping.store.read(range.start * pageSize, bytes);
     copy.store.write(range.start * pageSize, bytes);

@@ -94,7 +94,7 @@ export abstract class FileCalls extends SoftwareProcess {
   }
 
   fstat(fd: number, status: FileStatus): Result {
-    const file = this.file(i32('fd', fd));
+    const file = this.files.get(i32('fd', fd));
     if (!file) return this.badFd(fd);
     const { pageSize } = this;
     if (file instanceof SoftwareGuestMemfd) {
@@ -213,7 +213,7 @@ export abstract class FileCalls extends SoftwareProcess {
 
   fcntl(fd: number, command: number, argument: number): Result {
     const [number, value] = [i32('command', command), i32('argument', argument)];
-    const file = this.file(i32('fd', fd));
+    const file = this.files.get(i32('fd', fd));
     if (!file) return this.badFd(fd);
     switch (number) {
       case F_GETFD:
@@ -266,7 +266,7 @@ export abstract class FileCalls extends SoftwareProcess {
   }
 
   dup(fd: number): Result {
-    const file = this.file(i32('fd', fd));
+    const file = this.files.get(i32('fd', fd));
     return file ? this.install(() => file) : this.badFd(fd);
   }
 

@@ -53,6 +53,8 @@ export class SoftwareBus implements GuestBus {
       const access = write && slot.flags & KVM_MEM_READONLY ? null : this.#fromHost(slot, gpa, bytes, write);
       return access?.kind === 'ok' ? access : { kind: 'mmio', gpa };
     }
+    // A protected VM has no use for the file, and its memory is the host's until the guest takes it. Contract §17.1.
+    if (this.#vm.isProtected) return this.#fromHost(slot, gpa, bytes, write);
     if (secret || slot.gmemOnly) return this.#fromFile(slot, gpa, secret, bytes, write);
     if (write && slot.flags & KVM_MEM_READONLY) return { kind: 'mmio', gpa };
     return this.#fromHost(slot, gpa, bytes, write);
@@ -77,13 +79,20 @@ export class SoftwareBus implements GuestBus {
     const found = this.#memory.find(BigInt(slot.userspaceAddr) + BigInt(inSlot));
     const unreachable: Access = { kind: 'fault', errno: ERRNO.EFAULT, fault: null };
     if (!found) return unreachable;
+    if (this.#vm.isProtected && found.mapping.gmem) return { kind: 'fault', errno: ERRNO.EIO, fault: null };
     const page = Math.floor(found.offset / pageSize);
     // The kernel maps a page of a writable slot writable where it can, and a read of a page without write permission still works.
-    if (found.mapping.accessible(page, page + 1, write ? PROT_READ | PROT_WRITE : PROT_READ) === 0) return unreachable;
+    const needed = write || this.#vm.isProtected ? PROT_READ | PROT_WRITE : PROT_READ;
+    if (found.mapping.accessible(page, page + 1, needed) === 0) return unreachable;
     const index = Math.floor(inSlot / pageSize);
     slot.mapped ??= new RangeMap();
     // On x86 with hardware paging a first read maps a page that is there writable at once, and counts as a write. Contract §16.
-    const mapsWritable = this.#vm.machine.tdp && !this.#vm.machine.isArm && !slot.mapped.get(index);
+    const mapsWritable =
+      this.#vm.machine.tdp &&
+      !this.#vm.machine.isArm &&
+      !(slot.flags & KVM_MEM_READONLY) &&
+      !slot.mapped.get(index) &&
+      found.mapping.accessible(page, page + 1, PROT_READ | PROT_WRITE) > 0;
     const dirties = slot.dirty && (write || (mapsWritable && this.#memory.isPresent(found.mapping, page)));
     const result = write
       ? this.#memory.poke(found.mapping, found.offset, bytes)

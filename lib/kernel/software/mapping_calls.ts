@@ -159,7 +159,11 @@ export abstract class MappingCalls extends FileCalls {
     const reached = this.memory.touchable(plain);
     if (reached === 0 && plain.length > 0)
       return this.refuse('EFAULT', 'the buffer lies in memory that cannot be touched');
-    return this.answer(this.memory.peek(found, at, plain.subarray(0, reached)));
+    if (!this.memory.isWindow(plain)) return this.answer(this.memory.peek(found, at, plain.subarray(0, reached)));
+    const apart = new Uint8Array(reached);
+    const copied = this.memory.peek(found, at, apart);
+    plain.set(apart.subarray(0, Math.max(0, copied)));
+    return this.answer(copied);
   }
 
   poke(mapping: number, offset: U64, source: Uint8Array): Result {
@@ -170,7 +174,10 @@ export abstract class MappingCalls extends FileCalls {
     const reached = this.memory.touchable(plain);
     if (reached === 0 && plain.length > 0)
       return this.refuse('EFAULT', 'the buffer lies in memory that cannot be touched');
-    return this.answer(this.memory.poke(found, at, plain.subarray(0, reached)));
+    // A window of the same memory may be the buffer, and the copy goes page by page.
+    return this.answer(
+      this.memory.poke(found, at, this.memory.isWindow(plain) ? plain.slice(0, reached) : plain.subarray(0, reached)),
+    );
   }
 
   window(mapping: number, offset: number, length: number): Uint8Array {

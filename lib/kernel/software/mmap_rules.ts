@@ -109,7 +109,10 @@ export const mmapRules: readonly Rule<Machine, MmapRequest>[] = [
   rule(
     'EINVAL',
     'gmem-growsdown',
-    (_machine, r) => !anonymous(r) && (r.flags & MAP_GROWSDOWN) !== 0 && 'a file cannot be mapped MAP_GROWSDOWN',
+    (_machine, r) =>
+      (!anonymous(r) || (r.flags & MAP_TYPE) !== MAP_PRIVATE) &&
+      (r.flags & MAP_GROWSDOWN) !== 0 &&
+      'only private anonymous memory can be MAP_GROWSDOWN',
   ),
   rule(
     'ENODEV',

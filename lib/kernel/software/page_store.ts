@@ -68,11 +68,11 @@ export class PageStore {
 
   /** Gives pages back: they read as zeros when they exist again. */
   discard(startPage: number, endPage: number): void {
+    this.#noticeWrites(startPage, endPage);
     for (const extent of this.#extents) {
       const start = Math.max(startPage * this.pageSize, extent.start);
       const end = Math.min(endPage * this.pageSize, extent.end);
-      this.#zero(extent, start, end, this.#present);
-      this.#zero(extent, start, end, this.#windowed);
+      this.#zero(extent, start, end);
     }
     if (this.#pages.size > 0) this.#forget(startPage, endPage);
     this.#present.delete(startPage, endPage);
@@ -197,9 +197,9 @@ export class PageStore {
     }
   }
 
-  #zero(extent: Extent, start: number, end: number, pages: RangeMap<true>): void {
+  #zero(extent: Extent, start: number, end: number): void {
     if (start >= end) return;
-    for (const range of pages.within(start / this.pageSize, end / this.pageSize)) {
+    for (const range of this.#present.within(start / this.pageSize, end / this.pageSize)) {
       new Uint8Array(
         extent.buffer,
         range.start * this.pageSize - extent.start,

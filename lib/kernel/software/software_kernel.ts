@@ -30,6 +30,7 @@ import { isSameRegion, memslotRules } from '../rules/memslot.ts';
 import { applyEnableCap, createVmRules, enableCapRules, vmType } from '../rules/vm.ts';
 import { OpenFile, type RegionRequest, VmFile } from '../state.ts';
 import { SoftwareGuestMemfd } from './software_files.ts';
+import { SoftwareVcpu } from './vcpu.ts';
 import { VcpuCalls } from './vcpu_calls.ts';
 
 /** A kernel in TypeScript: the whole of the contract that needs no vCPU, as one process sees it. */
@@ -66,6 +67,7 @@ export class SoftwareKernel extends VcpuCalls implements Kernel {
       }
       return this.refuse('EINVAL', `/dev/kvm has no request ${hex(number)}`);
     }
+    if (file instanceof SoftwareVcpu) return this.vcpuIoctl(fd, number);
     if (!(file instanceof VmFile)) return this.refuse('ENOTTY', 'this kind of file has no ioctls');
     const refused = this.vm(fd);
     if (typeof refused === 'number') return refused;
@@ -248,6 +250,8 @@ export class SoftwareKernel extends VcpuCalls implements Kernel {
     const file = this.file(i32('kvm', fd));
     if (!file) return this.badFd(fd);
     if (file.kind === 'kvm') return null;
+    if (file instanceof VmFile && !this.#ownVms.has(file))
+      return this.refuse('EIO', 'the VM belongs to another process');
     return file.kind === 'vm' ? this.#unknownVmRequest(0) : this.refuse('ENOTTY', 'not /dev/kvm');
   }
 

@@ -45,6 +45,8 @@ export class SoftwareVcpu extends OpenFile {
   running = false;
   /** The last exit, when the guest waits for the host's answer to it. */
   pending: Stop | null = null;
+  /** The answer, from when a run took it until the guest goes on with it. */
+  answer: Uint8Array | bigint | null = null;
   readonly #view: DataView;
 
   constructor(vm: VmFile, id: number, pages: number) {
@@ -128,12 +130,14 @@ export class SoftwareVcpu extends OpenFile {
     this.#view.setBigUint64(48, BigInt(pageSize), true);
   }
 
-  /** What the host answered to the pending exit. */
-  answer(): Uint8Array | bigint | null {
+  /** Takes the host's answer to the pending exit. It counts as given, also when the run that takes it ends at once. */
+  complete(): void {
     const { pending } = this;
-    if (pending?.kind === 'hypercall') return this.#view.getBigUint64(88, true);
-    if (pending?.kind === 'io') return this.page.slice(IO_DATA, IO_DATA + pending.data.length);
-    return pending?.kind === 'mmio' ? this.page.slice(40, 40 + pending.data.length) : null;
+    if (!pending) return;
+    this.pending = null;
+    if (pending.kind === 'hypercall') this.answer = this.#view.getBigUint64(88, true);
+    else if (pending.kind === 'io') this.answer = this.page.slice(IO_DATA, IO_DATA + pending.data.length);
+    else this.answer = pending.kind === 'mmio' ? this.page.slice(40, 40 + pending.data.length) : null;
   }
 
   get immediateExit(): boolean {

@@ -1,4 +1,5 @@
-import { ERRNO } from '../../uapi.ts';
+import { hex } from '../../format.ts';
+import { ERRNO, KVM_RUN } from '../../uapi.ts';
 import { bytes, i32, isAligned, isZero, toPages, u32, u64, wraps } from '../arguments.ts';
 import type { DeviceAttr, Result, U64 } from '../kernel.ts';
 import type { VmFile } from '../state.ts';
@@ -61,13 +62,14 @@ export abstract class VcpuCalls extends MappingCalls {
     const end = performance.now() + deadline;
     const bus = new SoftwareBus(cpu.vm, this.memory);
     cpu.vm.hasRun = true;
-    const answer = cpu.answer();
+    cpu.complete();
     // An answered exit is completed even when the run ends at once. Contract §13.1.
     if (cpu.kicked || cpu.immediateExit) {
       cpu.kicked = false;
       return this.refuse('EINTR', 'the vCPU was kicked');
     }
-    cpu.pending = null;
+    const { answer } = cpu;
+    cpu.answer = null;
     cpu.executor ??=
       this.#executors.map((factory) => factory.open(cpu, bus)).find((executor) => executor !== null) ?? null;
     if (!cpu.executor) {
@@ -184,7 +186,7 @@ export abstract class VcpuCalls extends MappingCalls {
       return 0;
     }
     const kind = vcpuStructs(this.machine.isArm).get(number);
-    if (!kind) return this.refuse('EINVAL', `the software kernel has no vCPU request 0x${number.toString(16)}`);
+    if (!kind) return this.refuse('EINVAL', `the software kernel has no vCPU request ${hex(number)}`);
     const handled = variableSize(cpu, number, struct);
     if (handled !== null) return this.answer(handled);
     const stored = cpu.structs.get(kind.reads) ?? new Uint8Array(size);
@@ -195,6 +197,16 @@ export abstract class VcpuCalls extends MappingCalls {
       cpu.executor = null;
     }
     return 0;
+  }
+
+  /** A request by number, whose argument is no address. */
+  protected vcpuIoctl(fd: number, request: number): Result {
+    const cpu = this.#vcpu(fd);
+    if (typeof cpu === 'number') return cpu;
+    if (request === KVM_RUN) return this.refuse('EINVAL', 'a run needs a deadline: call run');
+    return vcpuStructs(this.machine.isArm).has(request) || (request === KVM_ARM_VCPU_INIT && this.machine.isArm)
+      ? this.refuse('EFAULT', 'the argument is not a readable address')
+      : this.refuse('EINVAL', `vCPUs have no request ${hex(request)}`);
   }
 
   /** struct kvm_vcpu_init: the generic ARMv8 target, and no features. */

@@ -1,5 +1,12 @@
-import { KVM_CAP, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_VM_TYPE_ARM_PROTECTED } from '../../../lib/uapi.ts';
-import { arm64, gmemSlots, protectedVm, ringAcqRel, x86 } from '../needs.ts';
+import {
+  KVM_CAP,
+  KVM_MEM_LOG_DIRTY_PAGES,
+  KVM_MEM_READONLY,
+  KVM_VM_TYPE_ARM_PROTECTED,
+  PROT_READ,
+} from '../../../lib/uapi.ts';
+import { mmioWrite } from '../guest.ts';
+import { arm64, gmemSlots, logsWritesOnly, protectedVm, ringAcqRel, tdp, x86 } from '../needs.ts';
 import { type Scenario, scenario, section } from '../scenario.ts';
 
 const LOG = KVM_MEM_LOG_DIRTY_PAGES;
@@ -18,6 +25,26 @@ const words = (...bits: number[]) => Uint8Array.from(bits);
 const bitmap = (pages: number, byte = 0xff) => new Uint8Array(Math.ceil(pages / 64) * 8).fill(byte);
 const ones = Array(8).fill(0xff);
 const zeros = Array(8).fill(0);
+
+/** A guest with 64 logged pages of host memory in slot 0; the host has written pages 0 to 7. */
+const loggedGuest =
+  ({ mode = 0, flags = LOG } = {}) =>
+  (s: Scenario) => {
+    const vm = s.vm();
+    if (mode > 0) s.enable(vm, MANUAL, mode);
+    const memory = s.anonymous(64);
+    for (let page = 0; page < 8; page++) s.put(memory, page, 10 + page);
+    const hva = s.kernel.addressOf(memory);
+    if (s.slot(vm, { pages: 64, hva, flags }) !== 0) throw new Error('setup: no slot');
+    return { vm, memory, hva, guest: s.guest(vm) };
+  };
+const ahead = (s: Scenario, page: number, pages: number) => ({
+  gpa: BigInt(page * s.P),
+  size: BigInt(pages * s.P),
+  flags: 0,
+});
+/** The eight bytes of a log in which only these of the first eight pages are set. */
+const pagesSet = (...pages: number[]) => [pages.reduce((byte, page) => byte | (1 << page), 0), ...zeros.slice(1)];
 
 export const dirtyLog = section('Dirty log', [
   scenario(232, 'no slot, or a slot without LOG_DIRTY: ENOENT', {
@@ -284,5 +311,130 @@ export const dirtyLog = section('Dirty log', [
     given: (s) => s.vm(KVM_VM_TYPE_ARM_PROTECTED),
     when: (s, vm) => [s.slot(vm), s.dirty(vm, 0), s.clearDirty(vm, 0, 0, 1)],
     expect: [0, 'ENOENT', 'ENOENT'],
+  }),
+]);
+
+export const guestDirtyLog = section('Dirty log of a guest', [
+  scenario('16 write', 'what the guest writes is logged, each time after the log was taken', {
+    given: loggedGuest(),
+    when: (s, { vm, guest }) => [
+      guest.put(3, 1),
+      guest.put(5, 1),
+      s.dirty(vm, 0),
+      s.dirty(vm, 0),
+      guest.put(3, 2),
+      s.dirty(vm, 0),
+    ],
+    expect: [0, 0, pagesSet(3, 5), zeros, 0, pagesSet(3)],
+  }),
+  scenario(235, 'in auto mode a GET with a NULL bitmap loses what the guest wrote', {
+    given: loggedGuest(),
+    when: (s, { vm, guest }) => [
+      guest.put(3, 1),
+      s.kernel.getDirtyLog(vm, { slot: 0, dirtyBitmap: null }),
+      s.dirty(vm, 0),
+      guest.put(3, 2),
+      s.dirty(vm, 0),
+    ],
+    expect: [0, 'EFAULT', zeros, 0, pagesSet(3)],
+  }),
+  scenario('16 manual', 'in manual mode the log stays until a CLEAR, after which the next write is logged', {
+    given: loggedGuest({ mode: 1 }),
+    when: (s, { vm, guest }) => [
+      guest.put(3, 1),
+      guest.put(5, 1),
+      s.dirty(vm, 0),
+      s.dirty(vm, 0),
+      s.clearDirty(vm, 0, 0, 64, words(1 << 3, 0, 0, 0, 0, 0, 0, 0)),
+      s.dirty(vm, 0),
+      guest.put(3, 2),
+      s.dirty(vm, 0),
+    ],
+    expect: [0, 0, pagesSet(3, 5), pagesSet(3, 5), 0, pagesSet(5), 0, pagesSet(3, 5)],
+  }),
+  scenario('16 initially set', 'INITIALLY_SET: a write after a CLEAR is logged', {
+    given: loggedGuest({ mode: 3 }),
+    when: (s, { vm, guest }) => [s.clearDirty(vm, 0, 0, 64, bitmap(64)), guest.put(3, 1), s.dirty(vm, 0)],
+    expect: [0, 0, pagesSet(3)],
+  }),
+  scenario(244, 'dropping and adding LOG_DIRTY loses what the guest wrote', {
+    given: loggedGuest(),
+    when: (s, { vm, hva, guest }) => [
+      guest.put(3, 1),
+      s.slot(vm, { pages: 64, hva }),
+      s.slot(vm, { pages: 64, hva, flags: LOG }),
+      s.dirty(vm, 0),
+      guest.put(3, 2),
+      s.dirty(vm, 0),
+    ],
+    expect: [0, 0, 0, zeros, 0, pagesSet(3)],
+  }),
+  scenario('16 enabled later', 'a log that starts when the guest has the pages already starts empty', {
+    given: loggedGuest({ flags: 0 }),
+    when: (s, { vm, hva, guest }) => [
+      guest.put(3, 1),
+      s.slot(vm, { pages: 64, hva, flags: LOG }),
+      s.dirty(vm, 0),
+      guest.put(3, 2),
+      s.dirty(vm, 0),
+    ],
+    expect: [0, 0, zeros, 0, pagesSet(3)],
+  }),
+  scenario('248 guest', 'what the host writes under a guest that has the page is not logged', {
+    given: loggedGuest(),
+    when: (s, { vm, memory, guest }) => [
+      guest.put(3, 1),
+      s.dirty(vm, 0),
+      s.put(memory, 3, 2),
+      guest.get(3),
+      s.dirty(vm, 0),
+    ],
+    expect: [0, pagesSet(3), 1, 2, zeros],
+  }),
+  scenario('16 read-only write', 'a write to a read-only slot is not logged', {
+    given: loggedGuest({ flags: LOG | KVM_MEM_READONLY }),
+    when: (s, { vm, guest }) => [guest.get(4), guest.put(3, 1), guest.again(), s.dirty(vm, 0)],
+    expect: [14, mmioWrite(3, 1), 0, zeros],
+  }),
+  scenario(245, 'with TDP, a first read of a page that the host has written counts as a write', {
+    needs: [tdp],
+    given: loggedGuest(),
+    when: (s, { vm, guest }) => [
+      guest.get(3),
+      s.dirty(vm, 0),
+      guest.get(3),
+      s.dirty(vm, 0),
+      guest.put(3, 1),
+      s.dirty(vm, 0),
+    ],
+    expect: [13, pagesSet(3), 13, zeros, 0, pagesSet(3)],
+  }),
+  scenario('16 untouched read', 'with TDP, a first read of a page that nobody has written does not', {
+    needs: [tdp],
+    given: loggedGuest(),
+    when: (s, { vm, guest }) => [guest.get(20), s.dirty(vm, 0), guest.put(20, 1), s.dirty(vm, 0)],
+    expect: [0, zeros, 0, [0, 0, 1 << 4, 0, 0, 0, 0, 0]],
+  }),
+  scenario('16 read', 'without TDP, and on arm64, reads are not logged', {
+    needs: [logsWritesOnly],
+    given: loggedGuest(),
+    when: (s, { vm, guest }) => [guest.get(3), guest.get(20), s.dirty(vm, 0)],
+    expect: [13, 0, zeros],
+  }),
+  scenario(247, 'with TDP, a page that is mapped ahead counts as written if the host’s page is there', {
+    needs: [tdp],
+    given: loggedGuest(),
+    when: (s, { vm, guest }) => [s.kernel.preFaultMemory(guest.vcpu, ahead(s, 6, 4)), s.dirty(vm, 0)],
+    expect: [0, pagesSet(6, 7)],
+  }),
+  scenario('247 PROT_READ', 'with TDP, a page that is mapped ahead is not logged if the host may only read it', {
+    needs: [tdp],
+    given: loggedGuest(),
+    when: (s, { vm, memory, guest }) => [
+      s.kernel.mprotect(memory, 0, 64 * s.P, PROT_READ),
+      s.kernel.preFaultMemory(guest.vcpu, ahead(s, 6, 4)),
+      s.dirty(vm, 0),
+    ],
+    expect: [0, 0, zeros],
   }),
 ]);

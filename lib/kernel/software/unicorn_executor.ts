@@ -226,12 +226,14 @@ class Run {
   /** Puts the host's answers where the instruction will look for them. */
   #standIn(): Stop | null {
     for (const { address, bytes, isWrite } of this.#asked) {
-      const page = this.#pageOf(address);
       const permissions = UC.read | UC.execute | (isWrite ? UC.write : 0);
-      if (this.#standIns.has(page) || this.#pages.has(page)) this.#engine.protect(page, this.#pageSize, permissions);
-      else this.#engine.map(page, new Uint8Array(this.#pageSize), permissions);
-      this.#standIns.add(page);
-      this.#pages.delete(page);
+      const last = this.#pageOf(address + BigInt(bytes.length) - 1n);
+      for (let page = this.#pageOf(address); page <= last; page += BigInt(this.#pageSize)) {
+        if (this.#standIns.has(page) || this.#pages.has(page)) this.#engine.protect(page, this.#pageSize, permissions);
+        else this.#engine.map(page, new Uint8Array(this.#pageSize), permissions);
+        this.#standIns.add(page);
+        this.#pages.delete(page);
+      }
       if (!isWrite) this.#engine.write(address, bytes);
     }
     return null;

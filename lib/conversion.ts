@@ -8,7 +8,7 @@ import type { Kernel, Result } from './kernel/kernel.ts';
 import type { Memslot } from './memslot.ts';
 import type { RangeMap } from './ranges.ts';
 import { ERRNO, KVM_MEMORY_ATTRIBUTE_PRIVATE, MiB } from './uapi.ts';
-import { integer, oneOf, options, rangeError, typeError } from './validate.ts';
+import { abortSignal, integer, oneOf, options, rangeError, typeError } from './validate.ts';
 import type { Vm } from './vm.ts';
 
 export interface ConvertOptions {
@@ -108,7 +108,7 @@ export class Conversion {
         `range must be made of whole pages of ${pageSize} bytes, got ${formatRange(range.address, range.size)}`,
       );
     }
-    if (signal !== undefined && !(signal instanceof AbortSignal)) throw typeError('signal must be an AbortSignal');
+    if (signal !== undefined) abortSignal('signal', signal);
     if (onProgress !== undefined && typeof onProgress !== 'function') throw typeError('onProgress must be a function');
     this.#signal = signal;
     this.#onProgress = onProgress;

@@ -1,19 +1,6 @@
 import type { GuestRange, Visibility } from './guest_range.ts';
+import { KVM_EXIT } from './uapi.ts';
 
-/** Offsets and numbers of struct kvm_run. Contract §1.2, §1.3. */
-export const KVM_EXIT = {
-  UNKNOWN: 0,
-  IO: 2,
-  HYPERCALL: 3,
-  HLT: 5,
-  MMIO: 6,
-  SHUTDOWN: 8,
-  INTR: 10,
-  INTERNAL_ERROR: 17,
-  SYSTEM_EVENT: 24,
-  DIRTY_RING_FULL: 31,
-  MEMORY_FAULT: 39,
-} as const;
 const KVM_HC_MAP_GPA_RANGE = 12n;
 const MEMORY_FAULT_PRIVATE = 8n;
 const ENCRYPTED = 0x10n;

@@ -1,4 +1,5 @@
 import type { Kernel, Result } from './kernel/kernel.ts';
+import { KVM_GET_REGS, KVM_GET_SREGS, KVM_REGS, KVM_SET_REGS, KVM_SET_SREGS } from './uapi.ts';
 import { rangeError, typeError } from './validate.ts';
 
 /** The registers of a vCPU by name, over whatever calls its architecture has for them. */
@@ -12,34 +13,10 @@ interface Field {
   readonly bytes: 1 | 2 | 4 | 8;
 }
 
-const KVM_GET_REGS = 0x8090ae81;
-const KVM_SET_REGS = 0x4090ae82;
-const KVM_GET_SREGS = 0x8138ae83;
-const KVM_SET_SREGS = 0x4138ae84;
 const KVM_REG_ARM64_U64 = 0x6030_0000_0000_0000n;
 const ARM_CORE = 0x0010_0000n;
 const ARM_SYSTEM = 0x0013_0000n;
 
-const general = [
-  'rax',
-  'rbx',
-  'rcx',
-  'rdx',
-  'rsi',
-  'rdi',
-  'rsp',
-  'rbp',
-  'r8',
-  'r9',
-  'r10',
-  'r11',
-  'r12',
-  'r13',
-  'r14',
-  'r15',
-  'rip',
-  'rflags',
-];
 const segments = ['cs', 'ds', 'es', 'fs', 'gs', 'ss', 'tr', 'ldt'];
 const segmentFields: readonly (readonly [string, Field])[] = [
   ['base', { offset: 0, bytes: 8 }],
@@ -57,7 +34,7 @@ const segmentFields: readonly (readonly [string, Field])[] = [
 ];
 
 /** struct kvm_regs. */
-const x86General = new Map<string, Field>(general.map((name, index) => [name, { offset: 8 * index, bytes: 8 }]));
+const x86General = new Map<string, Field>(KVM_REGS.map((name, index) => [name, { offset: 8 * index, bytes: 8 }]));
 /** struct kvm_sregs, without the interrupt bitmap. */
 const x86Special = new Map<string, Field>([
   ...segments.flatMap((name, index) =>

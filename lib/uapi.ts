@@ -210,3 +210,44 @@ export const KiB = 1024;
 export const MiB = 1024 * KiB;
 export const GiB = 1024 * MiB;
 export const TiB = 1024 * GiB;
+
+/** KVM_EXIT_* by name: what kvm_run.exit_reason says. */
+export const KVM_EXIT = {
+  UNKNOWN: 0,
+  IO: 2,
+  HYPERCALL: 3,
+  HLT: 5,
+  MMIO: 6,
+  SHUTDOWN: 8,
+  INTR: 10,
+  INTERNAL_ERROR: 17,
+  SYSTEM_EVENT: 24,
+  DIRTY_RING_FULL: 31,
+  MEMORY_FAULT: 39,
+} as const;
+
+export const KVM_GET_REGS = 0x8090ae81;
+export const KVM_SET_REGS = 0x4090ae82;
+export const KVM_GET_SREGS = 0x8138ae83;
+export const KVM_SET_SREGS = 0x4138ae84;
+/** struct kvm_regs: 64 bits each, in this order. */
+export const KVM_REGS = [
+  'rax',
+  'rbx',
+  'rcx',
+  'rdx',
+  'rsi',
+  'rdi',
+  'rsp',
+  'rbp',
+  'r8',
+  'r9',
+  'r10',
+  'r11',
+  'r12',
+  'r13',
+  'r14',
+  'r15',
+  'rip',
+  'rflags',
+] as const;

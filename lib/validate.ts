@@ -80,3 +80,16 @@ export function fileRange(name: string, value: FileRange | undefined, limit: num
   if (offset + size > limit) throw rangeError(`${name} ends at ${offset + size}, past the end, ${limit}`);
   return { offset, size };
 }
+
+const isAborted = Object.getOwnPropertyDescriptor(AbortSignal.prototype, 'aborted')?.get;
+
+/** An AbortSignal, and not only something with its prototype. */
+export function abortSignal(name: string, value: unknown): AbortSignal {
+  try {
+    isAborted?.call(value);
+    if (value instanceof AbortSignal) return value;
+  } catch {
+    // Not one: the same error as for anything else.
+  }
+  throw typeError(`${name} must be an AbortSignal, got ${shown(value)}`);
+}

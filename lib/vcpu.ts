@@ -1,11 +1,11 @@
 import { KvmError, systemError } from './errors.ts';
-import { type Exit, ExitDecoder, KVM_EXIT } from './exit.ts';
+import { type Exit, ExitDecoder } from './exit.ts';
 import type { GuestRange, Visibility } from './guest_range.ts';
 import type { Kernel, Result } from './kernel/kernel.ts';
 import { type RegisterFile, registerFile } from './registers.ts';
 import { closing, guardConstructor, type internal, Resource } from './resource.ts';
-import { ERRNO, errnoName } from './uapi.ts';
-import { guestRange, options, rangeError, typeError } from './validate.ts';
+import { ERRNO, errnoName, KVM_EXIT } from './uapi.ts';
+import { abortSignal, guestRange, options, rangeError, typeError } from './validate.ts';
 import type { Vm } from './vm.ts';
 
 export interface RunOptions {
@@ -68,7 +68,7 @@ export class Vcpu extends Resource {
    */
   async runAsync(given?: RunOptions & { readonly signal?: AbortSignal }): Promise<Exit> {
     const { signal } = given === undefined ? {} : options('options', given);
-    if (signal !== undefined && !(signal instanceof AbortSignal)) throw typeError('signal must be an AbortSignal');
+    if (signal !== undefined) abortSignal('signal', signal);
     const timeout = this.#timeout(given);
     signal?.throwIfAborted();
     this.assertOpen();

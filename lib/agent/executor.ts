@@ -1,13 +1,12 @@
 import type { Access, Executor, ExecutorFactory, GuestBus, Stop } from '../kernel/software/executor.ts';
 import type { SoftwareVcpu } from '../kernel/software/vcpu.ts';
-import { KVM_GET_REGS, x86Registers } from '../kernel/software/vcpu_state.ts';
 import type { Arch } from '../model_options.ts';
-import { ERRNO, KiB, MiB } from '../uapi.ts';
+import { ERRNO, KiB, KVM_GET_REGS, KVM_REGS, MiB } from '../uapi.ts';
 import { DESCRIPTORS } from './page_tables.ts';
 import { agentCode, BUFFER_SIZE, COMMAND, DOORBELL, LAYOUT, MAILBOX, PORT } from './protocol.ts';
 
 const CODE_PAGE = 4 * KiB;
-const RIP = 8 * x86Registers.indexOf('rip');
+const RIP = 8 * KVM_REGS.indexOf('rip');
 /** ONE_REG id of the arm64 program counter. */
 const PC = 0x6030_0000_0010_0040n;
 const KVM_HC_VAPIC_POLL_IRQ = 1n;

@@ -11,9 +11,8 @@ import {
   PORT,
   TABLE_PAGES,
 } from '../../lib/agent/protocol.ts';
-import { KVM_EXIT } from '../../lib/exit.ts';
 import { type RegisterFile, registerFile } from '../../lib/registers.ts';
-import { ERRNO, GiB, MiB } from '../../lib/uapi.ts';
+import { ERRNO, GiB, KVM_EXIT, MiB } from '../../lib/uapi.ts';
 import type { Expected, Outcome, Scenario } from './scenario.ts';
 
 /** Guest physical, out of the way of a case's own slots. */

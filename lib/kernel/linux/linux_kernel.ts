@@ -39,10 +39,10 @@ import { Machine } from '../machine.ts';
 import { clearDirtyLogRules, getDirtyLogRules } from '../rules/dirty_log.ts';
 import { createGuestMemfdRules, fallocateRules } from '../rules/guest_memfd.ts';
 import { memoryAttributesRules } from '../rules/memory_attributes.ts';
-import { isSameRegion, memslotRules } from '../rules/memslot.ts';
+import { isSameRegion, memslotRules, regionRequest } from '../rules/memslot.ts';
 import { check } from '../rules/rule.ts';
 import { applyEnableCap, createVmRules, enableCapRules, vmType } from '../rules/vm.ts';
-import { GuestMemfdFile, OpenFile, type RegionRequest, VmFile } from '../state.ts';
+import { GuestMemfdFile, OpenFile, VmFile } from '../state.ts';
 import { type Addon, AddonUnavailable, loadAddon } from './addon.ts';
 import type { Command } from './command.ts';
 import { isDangerous, isHarmful } from './dangerous.ts';
@@ -481,20 +481,7 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
   }
 
   #setRegion(vm: number, region: UserMemoryRegion, guestMemfdOffset: U64, guestMemfd: number, v1: boolean): Result {
-    const slot = u32('slot', region.slot);
-    const fd = i32('guestMemfd', guestMemfd);
-    const request: RegionRequest = {
-      v1,
-      addressSpace: slot >>> 16,
-      id: slot & 0xffff,
-      flags: u32('flags', region.flags),
-      guestPhysAddr: u64('guestPhysAddr', region.guestPhysAddr),
-      memorySize: u64('memorySize', region.memorySize),
-      userspaceAddr: u64('userspaceAddr', region.userspaceAddr),
-      guestMemfdOffset: u64('guestMemfdOffset', guestMemfdOffset),
-      guestMemfd: fd,
-      file: this.files.get(fd),
-    };
+    const request = regionRequest(region, guestMemfdOffset, guestMemfd, v1, (fd) => this.files.get(fd));
     const owner = this.files.vm(vm);
     // The slots of a VM that came from elsewhere are unknown, so nobody could tell which request is dangerous.
     if (!owner && this.files.get(vm)?.kind === 'vm') return this.answer(-ERRNO.EIO);
@@ -503,9 +490,12 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
       this.refusal = violation?.sentence ?? null;
       return -(violation?.errno ?? ERRNO.EINVAL);
     }
-    this.command.i32(0, this.own(vm)).i32(1, slot).i32(2, request.flags);
+    this.command
+      .i32(0, this.own(vm))
+      .i32(1, (request.addressSpace << 16) | request.id)
+      .i32(2, request.flags);
     this.command.u64(3, request.guestPhysAddr).u64(4, request.memorySize).u64(5, request.userspaceAddr);
-    if (!v1) this.command.u64(6, request.guestMemfdOffset).i32(7, request.file ? fd : -1);
+    if (!v1) this.command.u64(6, request.guestMemfdOffset).i32(7, request.file ? request.guestMemfd : -1);
     const result = v1 ? this.native.setUserMemoryRegion() : this.native.setUserMemoryRegion2();
     if (result < 0 || !owner) return this.refused(result, memslotRules, owner, request);
     if (!isSameRegion(owner, request)) owner.applyRegion(request);

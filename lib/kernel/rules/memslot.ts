@@ -1,7 +1,8 @@
 import { formatBytes, formatRange, hex } from '../../format.ts';
 import { GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY } from '../../uapi.ts';
-import { big, isAligned, isZero, sumExceeds, toPages, wraps } from '../arguments.ts';
-import { GuestMemfdFile, type MemslotState, type RegionRequest, type VmFile } from '../state.ts';
+import { big, i32, isAligned, isZero, sumExceeds, toPages, u32, u64, wraps } from '../arguments.ts';
+import type { U64, UserMemoryRegion } from '../kernel.ts';
+import { GuestMemfdFile, type MemslotState, type OpenFile, type RegionRequest, type VmFile } from '../state.ts';
 import { type Rule, rule } from './rule.ts';
 
 type SlotRule = Rule<VmFile, RegionRequest>;
@@ -30,6 +31,30 @@ function allowedFlags(vm: VmFile, r: RegionRequest): number {
   const gmem = vm.machine.since('6.18') || vm.hasPrivate ? KVM_MEM_GUEST_MEMFD : 0;
   const bound = r.flags & gmem;
   return gmem | (bound ? 0 : KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY);
+}
+
+/** A request in canonical form, from the struct as the caller gave it: each field is read once. */
+export function regionRequest(
+  region: UserMemoryRegion,
+  guestMemfdOffset: U64,
+  guestMemfd: number,
+  v1: boolean,
+  fileOf: (fd: number) => OpenFile | undefined,
+): RegionRequest {
+  const slot = u32('slot', region.slot);
+  const fd = i32('guestMemfd', guestMemfd);
+  return {
+    v1,
+    addressSpace: slot >>> 16,
+    id: slot & 0xffff,
+    flags: u32('flags', region.flags),
+    guestPhysAddr: u64('guestPhysAddr', region.guestPhysAddr),
+    memorySize: u64('memorySize', region.memorySize),
+    userspaceAddr: u64('userspaceAddr', region.userspaceAddr),
+    guestMemfdOffset: u64('guestMemfdOffset', guestMemfdOffset),
+    guestMemfd: fd,
+    file: fileOf(fd),
+  };
 }
 
 /** Whether the request equals the slot as it is: a successful no-op. Contract §10.1 row 15. */

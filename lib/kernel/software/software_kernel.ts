@@ -26,9 +26,9 @@ import { checkExtension } from '../machine.ts';
 import { clearDirtyLogRules, getDirtyLogRules } from '../rules/dirty_log.ts';
 import { createGuestMemfdRules } from '../rules/guest_memfd.ts';
 import { memoryAttributesRules } from '../rules/memory_attributes.ts';
-import { isSameRegion, memslotRules } from '../rules/memslot.ts';
+import { isSameRegion, memslotRules, regionRequest } from '../rules/memslot.ts';
 import { applyEnableCap, createVmRules, enableCapRules, vmType } from '../rules/vm.ts';
-import { OpenFile, type RegionRequest, VmFile } from '../state.ts';
+import { OpenFile, VmFile } from '../state.ts';
 import { SoftwareGuestMemfd } from './software_files.ts';
 import { SoftwareVcpu } from './vcpu.ts';
 import { VcpuCalls } from './vcpu_calls.ts';
@@ -224,20 +224,7 @@ export class SoftwareKernel extends VcpuCalls implements Kernel {
   }
 
   #setRegion(vm: number, region: UserMemoryRegion, guestMemfdOffset: U64, guestMemfd: number, v1: boolean): Result {
-    const slot = u32('slot', region.slot);
-    const fd = i32('guestMemfd', guestMemfd);
-    const request: RegionRequest = {
-      v1,
-      addressSpace: slot >>> 16,
-      id: slot & 0xffff,
-      flags: u32('flags', region.flags),
-      guestPhysAddr: u64('guestPhysAddr', region.guestPhysAddr),
-      memorySize: u64('memorySize', region.memorySize),
-      userspaceAddr: u64('userspaceAddr', region.userspaceAddr),
-      guestMemfdOffset: u64('guestMemfdOffset', guestMemfdOffset),
-      guestMemfd: fd,
-      file: this.file(fd),
-    };
+    const request = regionRequest(region, guestMemfdOffset, guestMemfd, v1, (fd) => this.file(fd));
     const owner = this.vm(vm);
     if (typeof owner === 'number') return owner;
     const refused = this.check(memslotRules, owner, request);

@@ -1,7 +1,7 @@
+import { KVM_GET_REGS, KVM_GET_SREGS, KVM_REGS } from '../../uapi.ts';
 import type { Access, GuestBus } from './executor.ts';
 import { UC, type UnicornEngine } from './unicorn_engine.ts';
 import type { SoftwareVcpu } from './vcpu.ts';
-import { KVM_GET_REGS, KVM_GET_SREGS, x86Registers } from './vcpu_state.ts';
 
 /** The physical address behind a linear one; null where the guest's tables map nothing; or why a table cannot be read. */
 export type Translation = number | null | Exclude<Access, { kind: 'ok' }>;
@@ -34,7 +34,7 @@ const [X86_CR0, X86_CR2, X86_CR3, X86_CR4] = [50, 52, 53, 54] as const;
 const [X86_IDTR, X86_GDTR, X86_FS_BASE, X86_GS_BASE, X86_XMM0, X86_MXCSR] = [242, 243, 250, 251, 122, 249] as const;
 
 const KVM_GET_FPU = 0x81a0ae8c;
-const REGS = { rip: 8 * x86Registers.indexOf('rip'), rflags: 8 * x86Registers.indexOf('rflags') } as const;
+const REGS = { rip: 8 * KVM_REGS.indexOf('rip'), rflags: 8 * KVM_REGS.indexOf('rflags') } as const;
 /** Offsets in struct kvm_sregs, kvm_segment and kvm_fpu. */
 const SREGS = { gdt: 192, idt: 208, cr0: 224, cr2: 232, cr3: 240, cr4: 248, efer: 264 } as const;
 const SEGMENT = { size: 24, limit: 8, selector: 12, type: 14, db: 17, l: 19, fs: 3, gs: 4 } as const;
@@ -167,7 +167,7 @@ export class X86Cpu implements UnicornCpu {
 
   /** Puts a string instruction `ins` back to where it was before its port access. */
   rewind(size: number, repeated: boolean, wide: boolean): void {
-    const [rcx, rdi] = [8 * x86Registers.indexOf('rcx'), 8 * x86Registers.indexOf('rdi')];
+    const [rcx, rdi] = [8 * KVM_REGS.indexOf('rcx'), 8 * KVM_REGS.indexOf('rdi')];
     const backwards = this.#regs.getBigUint64(REGS.rflags, true) & 0x400n;
     const add = (register: number, delta: bigint): void => {
       const old = this.#regs.getBigUint64(register, true);
@@ -185,7 +185,7 @@ export class X86Cpu implements UnicornCpu {
     const entry = new Uint8Array(4);
     if (4 * vector + 3 > limit || bus.read(Number(base) + 4 * vector, entry).kind !== 'ok') return false;
     const target = new DataView(entry.buffer);
-    const rsp = 8 * x86Registers.indexOf('rsp');
+    const rsp = 8 * KVM_REGS.indexOf('rsp');
     const flags = this.#regs.getUint16(REGS.rflags, true);
     const frame = [flags, this.#sregs.getUint16(SEGMENT.selector, true), this.#regs.getUint16(REGS.rip, true)];
     for (const value of frame) {

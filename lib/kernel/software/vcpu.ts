@@ -1,4 +1,4 @@
-import { ERRNO } from '../../uapi.ts';
+import { ERRNO, KVM_EXIT } from '../../uapi.ts';
 import { OpenFile, type VmFile } from '../state.ts';
 import type { Executor, Stop } from './executor.ts';
 
@@ -8,19 +8,6 @@ export const KVM_RUN = {
   exitReason: 8,
   union: 32,
   io: { direction: 32, size: 33, port: 34, count: 36, dataOffset: 40 },
-} as const;
-export const KVM_EXIT = {
-  UNKNOWN: 0,
-  IO: 2,
-  HYPERCALL: 3,
-  HLT: 5,
-  MMIO: 6,
-  SHUTDOWN: 8,
-  INTR: 10,
-  INTERNAL_ERROR: 17,
-  SYSTEM_EVENT: 24,
-  DIRTY_RING_FULL: 31,
-  MEMORY_FAULT: 39,
 } as const;
 
 /** Where the bytes of a port access are, counted from kvm_run: in the page behind it. */

@@ -1,4 +1,4 @@
-import { ERRNO } from '../../uapi.ts';
+import { ERRNO, KVM_GET_REGS, KVM_GET_SREGS, KVM_REGS } from '../../uapi.ts';
 import type { Result } from '../kernel.ts';
 import type { SoftwareVcpu } from './vcpu.ts';
 
@@ -13,35 +13,10 @@ const x86Structs = pairs([
 ]);
 const armStructs = pairs([[0x8004ae98, 0x4004ae99]]);
 
-export const KVM_GET_REGS = 0x8090ae81;
-export const KVM_GET_SREGS = 0x8138ae83;
 const KVM_GET_MSRS = 0xc008ae88;
 const KVM_SET_MSRS = 0x4008ae89;
 const KVM_SET_CPUID2 = 0x4008ae90;
 const KVM_GET_CPUID2 = 0xc008ae91;
-
-/** Offsets in struct kvm_regs: the general registers in the kernel's order, then rip and rflags. */
-export const x86Registers = [
-  'rax',
-  'rbx',
-  'rcx',
-  'rdx',
-  'rsi',
-  'rdi',
-  'rsp',
-  'rbp',
-  'r8',
-  'r9',
-  'r10',
-  'r11',
-  'r12',
-  'r13',
-  'r14',
-  'r15',
-  'rip',
-  'rflags',
-] as const;
-export type X86Register = (typeof x86Registers)[number];
 
 function pairs(list: readonly (readonly [number, number])[]): ReadonlyMap<number, { readonly reads: number }> {
   return new Map(list.flatMap(([reads, writes]) => [[reads, { reads }] as const, [writes, { reads }] as const]));
@@ -55,9 +30,9 @@ export function vcpuStructs(isArm: boolean): ReadonlyMap<number, { readonly read
 export function resetStructs(vcpu: SoftwareVcpu): void {
   if (vcpu.vm.machine.isArm) return;
   const regs = new DataView(new ArrayBuffer(144));
-  regs.setBigUint64(8 * x86Registers.indexOf('rdx'), 0x600n, true);
-  regs.setBigUint64(8 * x86Registers.indexOf('rip'), 0xfff0n, true);
-  regs.setBigUint64(8 * x86Registers.indexOf('rflags'), 2n, true);
+  regs.setBigUint64(8 * KVM_REGS.indexOf('rdx'), 0x600n, true);
+  regs.setBigUint64(8 * KVM_REGS.indexOf('rip'), 0xfff0n, true);
+  regs.setBigUint64(8 * KVM_REGS.indexOf('rflags'), 2n, true);
   vcpu.structs.set(KVM_GET_REGS, new Uint8Array(regs.buffer));
   const sregs = new DataView(new ArrayBuffer(312));
   // Eight segments of 24 bytes: base, limit, selector, type, present, dpl, db, s, l, g, avl.

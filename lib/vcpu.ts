@@ -148,8 +148,7 @@ export class Vcpu extends Resource {
     // Only an errno of a fault makes the reason in kvm_run believable: it may be left over. Contract §13.1.
     const faults: readonly number[] = [-ERRNO.EFAULT, -ERRNO.EHWPOISON, -ERRNO.ENOMEM];
     if (faults.includes(result) && this.#decoder.reason === KVM_EXIT.MEMORY_FAULT) return this.#memoryFault(result);
-    if (result === -ERRNO.EOPNOTSUPP && this.#kernel.name === 'software')
-      throw KvmError.unsupported(this.#kernel.explain() ?? 'unknown guest code');
+    if (result === -ERRNO.EOPNOTSUPP) throw KvmError.unsupported(this.#kernel.explain() ?? 'unknown guest code');
     throw this.#error(
       result,
       'KVM_RUN',

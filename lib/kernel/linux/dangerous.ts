@@ -1,5 +1,5 @@
 import { KVM_MEM_GUEST_MEMFD, MADV_HWPOISON, MADV_SOFT_OFFLINE } from '../../uapi.ts';
-import { isAligned, isZero, sumExceeds } from '../arguments.ts';
+import { isZero, sumExceeds } from '../arguments.ts';
 import type { RegionRequest, VmFile } from '../state.ts';
 
 /** Accepted by mistake, and harmful, on some kernels (contract §19, §19.1): never sent to any. */
@@ -8,11 +8,7 @@ export function isDangerous(vm: VmFile, request: RegionRequest): boolean {
   const bound = (request.flags & KVM_MEM_GUEST_MEMFD) !== 0;
   if (isZero(request.memorySize)) return false;
   if (slot) return bound || (slot.flags & KVM_MEM_GUEST_MEMFD) !== 0;
-  return (
-    bound &&
-    isAligned(request.guestMemfdOffset, 1) &&
-    sumExceeds(request.guestMemfdOffset, request.memorySize, (1n << 63n) - 1n)
-  );
+  return bound && sumExceeds(request.guestMemfdOffset, request.memorySize, (1n << 63n) - 1n);
 }
 
 /** Would poison memory of the machine. */

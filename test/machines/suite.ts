@@ -1,0 +1,68 @@
+import { appendFileSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
+import { join } from 'node:path';
+import { published, summary } from '../conformance/tally.ts';
+import { readTap } from '../tap_output.ts';
+import type { Machine } from './machines.ts';
+import { duration } from './progress.ts';
+import { clone } from './root.ts';
+import { type RunOptions, resultsOf, runInMachine } from './run.ts';
+
+/** These ask no kernel, or only print what others test: the host has run them. The rest leaves its software kernels out, see test/pace.ts. */
+const leftOut = [
+  ...['conformance/software', 'ranges', 'cli', 'experiments', 'conversion_in_place'],
+  ...['grant_ring', 'guest_seal', 'in_place_protocol', 'large_folios', 'special_mapping', 'write_population'].map(
+    (name) => `proposals/${name}`,
+  ),
+].map((name) => `dist/test/${name}.test.js`);
+/** Long ones first: two run at a time. */
+const first = ['conformance/linux', 'lifecycle/load', 'lifecycle.test', 'hostile', 'agent'];
+const FAILURES_SHOWN = 40;
+
+/** Runs the tests in a machine, and says how they went. False unless all of them held and the machine said so itself. */
+export async function runSuite(machine: Machine, only: readonly string[], options: RunOptions): Promise<boolean> {
+  const results = resultsOf(machine);
+  rmSync(results, { recursive: true, force: true });
+  mkdirSync(results, { recursive: true });
+  const files = testFiles().filter((file) => only.length === 0 || only.some((text) => file.includes(text)));
+  console.log(`\n${machine.name}: ${machine.what}, ${files.length} test files`);
+
+  const output = join(results, 'results.tap');
+  let tap = '';
+  const onOutput = (text: string): void => {
+    tap += text;
+    appendFileSync(output, text);
+    for (const [line] of text.matchAll(/^(not )?ok \d+ - dist\/.*$/gm))
+      console.log(`  ${line.replace(/ok \d+ - /, 'ok: ').replace(/# time=(.*)/, '($1)')}`);
+  };
+  const { status, problem, boot, total } = await runInMachine(machine, ['dist/test/machines/inside.js', ...files], {
+    ...options,
+    onOutput,
+    env: { GUEST_MEMFD_TEST_BACKENDS: 'kvm' },
+  });
+
+  const { passed, failed, skipped, failures, files: ended } = readTap(tap);
+  for (const { title, diagnosis } of failures.slice(0, FAILURES_SHOWN)) console.log(`\nnot ok: ${title}\n${diagnosis}`);
+  const problems = [
+    ...(problem ? [`the machine failed: ${problem}`] : []),
+    ...(problem === undefined && status !== 0 && failed === 0 ? [`the tests ended with status ${status}`] : []),
+    ...files.filter((file) => !ended.some((line) => line.includes(file))).map((file) => `${file} did not finish`),
+    ...(skipped > 0 ? [`${skipped} skipped`] : []),
+    ...(passed === 0 ? ['no test ran'] : []),
+  ];
+  for (const each of problems) console.log(`FAIL: ${each}`);
+  for (const tally of published('linux', results)?.tallies ?? []) console.log(summary(tally));
+  const times = `booted in ${duration(boot)}, all in ${duration(total)}`;
+  console.log(`${machine.name}: ${passed} passed, ${failed} failed, ${skipped} skipped (${times})`);
+  return failed === 0 && problems.length === 0;
+}
+
+function testFiles(): string[] {
+  const names = readdirSync(join(clone, 'dist/test'), { recursive: true, encoding: 'utf8' });
+  const rank = (file: string) =>
+    (first.findIndex((part) => file.includes(part)) + first.length + 1) % (first.length + 1);
+  return names
+    .filter((name) => name.endsWith('.test.js'))
+    .map((name) => `dist/test/${name}`)
+    .filter((file) => !leftOut.includes(file))
+    .sort((a, b) => rank(a) - rank(b));
+}

@@ -1,0 +1,145 @@
+import type { Kernel } from '../../lib/kernel/kernel.ts';
+import {
+  GiB,
+  KVM_MEM_GUEST_MEMFD,
+  MADV_HWPOISON,
+  MADV_SOFT_OFFLINE,
+  MAP_ANONYMOUS,
+  MAP_FIXED,
+  MAP_FIXED_NOREPLACE,
+  MiB,
+  PROT_EXEC,
+} from '../../lib/uapi.ts';
+import { compareVersions } from '../conformance/scenario.ts';
+import { capsEnabled } from './capabilities.ts';
+import type { Mirror } from './mirror.ts';
+import type { Step } from './program.ts';
+
+// What no random program may send, each with its name: what would harm the machine, what would cost it all its memory or minutes of
+// its time, and what the contract says differs for reasons that no model has.
+
+type SetRegion = Step & { call: 'setUserMemoryRegion' | 'setUserMemoryRegion2' };
+
+/** Units: pages. */
+const SLOT_MAX = 1 << 16;
+const ATTRIBUTES_MAX = 1 << 12;
+const ALLOCATE_MAX = 256;
+const MAP_MAX = 256;
+/** Where the guest agent of test/conformance/guest.ts lives, and its doorbell. */
+const AGENT_SLOT = 31;
+const AGENT_FROM = 511 * MiB;
+const AGENT_TO = 514 * MiB;
+const DOORBELL_FROM = 3 * GiB - MiB;
+const DOORBELL_TO = 3 * GiB + MiB;
+
+/** Why this step is not carried out, or null. */
+export function excluded(step: Step, mirror: Mirror, kernel: Kernel): string | null {
+  switch (step.call) {
+    case 'setUserMemoryRegion':
+    case 'setUserMemoryRegion2':
+      return excludedRegion(step, mirror, kernel);
+    case 'setMemoryAttributes': {
+      const [address, size] = [mirror.value(step.address), mirror.value(step.size)];
+      // Uninterruptible, and by the page.
+      if (pagesOf(size, mirror) > ATTRIBUTES_MAX && BigInt(address) + BigInt(size) < 1n << 64n && step.flags === 0)
+        return 'attributes of a huge range';
+      const vm = mirror.vm(step.vm);
+      return vm?.hasAgent && meetsAgent(Number(address), Number(size)) ? 'the memory of the guest agent' : null;
+    }
+    case 'fallocate': {
+      const size = mirror.sizeFor(step);
+      const length = pagesOf(mirror.value(step.length, size), mirror);
+      return step.mode < 2 && length > ALLOCATE_MAX && length < 2 ** 50 ? 'allocating much memory' : null;
+    }
+    case 'enableCap':
+      // A program that shrinks comes by numbers that were never chosen.
+      return capsEnabled.includes(step.cap) ? null : 'capabilities that no model has';
+    case 'mmap': {
+      if (step.flags & (MAP_FIXED | MAP_FIXED_NOREPLACE)) return 'mapping over memory of the process';
+      if (step.prot & PROT_EXEC && mirror.world.number(step.fd) === mirror.world.number('kvm'))
+        return 'executing /dev/kvm, which depends on how /dev is mounted';
+      if (!(step.flags & MAP_ANONYMOUS) && mirror.mayBeVcpu(step.fd))
+        return 'mapping a vCPU, for which there is runPage';
+      const length = pagesOf(mirror.value(step.length, mirror.sizeFor(step)), mirror);
+      return length > MAP_MAX && length < 2 ** 45 ? 'mappings of which only some fit' : null;
+    }
+    case 'close':
+      return mirror.mayBeAgent(step.fd) ? 'closing the CPU of the guest agent' : null;
+    case 'madvise':
+      return step.advice === MADV_HWPOISON || step.advice === MADV_SOFT_OFFLINE ? 'poisoning memory' : null;
+    case 'preFaultMemory':
+      return (
+        mirror.vcpu(step.vcpu)?.unfit ??
+        (pagesOf(mirror.value(step.size), mirror) > 64 &&
+        BigInt(mirror.value(step.gpa)) + BigInt(mirror.value(step.size)) < 1n << 64n
+          ? 'pre-faulting a huge range'
+          : null)
+      );
+    case 'guestRead':
+    case 'guestWrite':
+      return excludedAccess(step, mirror, kernel);
+    default:
+      return null;
+  }
+}
+
+function excludedRegion(step: SetRegion, mirror: Mirror, kernel: Kernel): string | null {
+  const vm = mirror.vm(step.vm);
+  const [gpa, size] = [mirror.value(step.gpa), mirror.value(step.size)];
+  const pages = pagesOf(size, mirror);
+  // KVM keeps something for each page or each 512 of them, and allocates it before it looks at the last checks.
+  if (pages > SLOT_MAX && pages < 2 ** 31) return 'a huge slot';
+  if (vm?.hasAgent) {
+    const key = ((step.space ?? 0) << 16) | step.slot;
+    const moved = vm.slots.get(key)?.size ?? 0;
+    if (key === AGENT_SLOT || meetsAgent(Number(gpa), Math.max(Number(size), moved)))
+      return 'the memory of the guest agent';
+  }
+  if (step.slot === AGENT_SLOT) return 'the slot of the guest agent';
+  return isDangerous(step, mirror, kernel) ? 'toggling GUEST_MEMFD, or binding beyond 2^63' : null;
+}
+
+/**
+ * The boundary answers these itself and sends them to no kernel. On a kernel that would suffer from them this list does not rely on that:
+ * before 6.19 the toggle is a use-after-free, before 7.2 the binding is accepted.
+ */
+function isDangerous(step: SetRegion, mirror: Mirror, kernel: Kernel): boolean {
+  if (kernel.name === 'software') return false;
+  const size = BigInt(mirror.value(step.size));
+  if (size === 0n) return false;
+  const binds = (step.flags & KVM_MEM_GUEST_MEMFD) !== 0;
+  const slot = mirror.vm(step.vm)?.slots.get(((step.space ?? 0) << 16) | step.slot);
+  if (slot) {
+    const toggles = binds || (slot.flags & KVM_MEM_GUEST_MEMFD) !== 0;
+    return toggles && compareVersions(kernel.release, '7.2') < 0;
+  }
+  if (!binds || step.call === 'setUserMemoryRegion') return false;
+  // On no kernel: the boundary answers from limits it assumes, so there is nothing to compare.
+  return BigInt(mirror.value(step.offset, mirror.sizeFor(step))) + size >= 1n << 63n;
+}
+
+function excludedAccess(
+  step: Step & { call: 'guestRead' | 'guestWrite' },
+  mirror: Mirror,
+  kernel: Kernel,
+): string | null {
+  const vm = mirror.agentVm(step.vm);
+  if (!vm) return 'a guest without a VM';
+  if (vm.unfit) return vm.unfit;
+  // Its memory is out of the host's reach, so there is no mailbox. Contract §17.1.
+  if (kernel.arch === 'aarch64' && BigInt(vm.type) >= 1n << 31n) return 'a guest in a protected VM';
+  if (meetsAgent(step.page * mirror.facts.page, mirror.facts.page)) return 'the memory of the guest agent';
+  if (!vm.hasAgent && [...vm.slots.values()].some((slot) => slot.id === AGENT_SLOT || meetsAgent(slot.gpa, slot.size)))
+    return 'the memory of the guest agent';
+  // KVM remembers on x86 that nothing was there, and misses that the page has become private. Contract §13.4.
+  return vm.mmio.has(step.page) && vm.type === 1 ? 'a page remembered as MMIO' : null;
+}
+
+function meetsAgent(start: number, size: number): boolean {
+  const meets = (from: number, to: number): boolean => start < to && start + size > from;
+  return meets(AGENT_FROM, AGENT_TO) || meets(DOORBELL_FROM, DOORBELL_TO);
+}
+
+function pagesOf(bytes: number | bigint, mirror: Mirror): number {
+  return Number(bytes) / mirror.facts.page;
+}

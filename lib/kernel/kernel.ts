@@ -32,6 +32,17 @@ export interface MemoryAttributesArgs {
   flags: U64;
 }
 
+/** struct kvm_memory_attributes2, without what is reserved. */
+export interface MemoryAttributes2Args {
+  /** Bytes of the file. */
+  offset: U64;
+  size: U64;
+  attributes: U64;
+  flags: U64;
+  /** Set when the call is refused because of a page that is in use: where it is in the file. */
+  errorOffset?: bigint;
+}
+
 /** What fstat(2) fills in. */
 export interface FileStatus {
   mode?: number;
@@ -86,6 +97,11 @@ export interface Kernel {
    * when `vm` is not a VM fd.
    */
   privateGfns(vm: number): ReadonlyRangeMap<true> | undefined;
+  /**
+   * The pages of a guest_memfd that are the guest's alone: as it was created, and as converted through this kernel. Live and read-only;
+   * undefined when `fd` is not a guest_memfd that this kernel created.
+   */
+  privatePages(fd: number): ReadonlyRangeMap<true> | undefined;
 
   // ── any fd
   /**
@@ -125,15 +141,22 @@ export interface Kernel {
   /** KVM_IRQ_LINE: `irq` and `level` of struct kvm_irq_level. */
   irqLine(vm: number, irq: number, level: number): Result;
 
+  // ── guest_memfd fds
+  /**
+   * KVM_SET_MEMORY_ATTRIBUTES2, which is proposed and in no released kernel: ENOTTY there. Converts pages in place. To private: `-EAGAIN` with
+   * `errorOffset` while one of them is mapped, pinned or in use otherwise, and nothing has changed. Never sent to a file of another kind.
+   */
+  setMemoryAttributes2(fd: number, args: MemoryAttributes2Args): Result;
+
   // ── vCPU fds: for run, runAsync and runPage the very fd that createVcpu returned; a duplicate of it is EBADF
   /**
    * KVM_RUN on this thread. 0 when the guest exits; `-EINTR` when kicked, or when `deadline` milliseconds have passed, never earlier. The
    * deadline is required: on some hosts some guest instructions never leave KVM_RUN by themselves. A deadline of 0 completes the exit that is
    * answered and enters no guest. One run of a vCPU at a time: EBUSY; also for other requests while runAsync runs it.
-   *
-   * Nothing can end a run on a worker's thread but a kick or its deadline, `worker.terminate()` neither: kick first, or it waits.
    */
   run(vcpu: number, deadline: number): Result;
+  /** Whether it was the deadline that ended the latest run with `-EINTR`, and not a kick. */
+  deadlinePassed(vcpu: number): boolean;
   /** The same on a thread that the kernel keeps for this vCPU. close of the fd ends it: `-EINTR`. */
   runAsync(vcpu: number, deadline: number): Promise<Result>;
   /**
@@ -232,4 +255,16 @@ export interface Kernel {
   /** Detaches a view made with `own`. */
   releaseWindow(view: Uint8Array): void;
   munmap(mapping: number): Result;
+
+  // ── threads: each has its own fds and mappings, also where the process has them all. A share is a number that cannot be guessed, ends
+  // when its fd or mapping is closed, and is EOPNOTSUPP on the software kernel, which lives on one thread.
+  /** The number by which another thread takes an fd. Closing a VM that others took removes its memslots and stops their vCPUs. */
+  shareFile(fd: number): Result;
+  /** An fd of this thread for the same file; ENOENT for a number that nobody shares. The memslots of a VM cannot be changed through it. */
+  takeFile(share: number, kind: 'kvm' | 'vm' | 'gmem'): Result;
+  /** Whether it can still be taken. */
+  isShared(share: number): boolean;
+  shareMapping(mapping: number): Result;
+  /** A mapping of this thread for the same memory, which stays until both are unmapped. */
+  takeMapping(share: number): Result;
 }

@@ -1,6 +1,13 @@
-import { type Arch, type KernelVersion, kernelVersions, type ModelOptions } from '../model_options.ts';
-import { GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CAP } from '../uapi.ts';
+import { type Arch, type KernelVersion, kernelVersions, type ModelOptions, type Proposal } from '../model_options.ts';
+import { GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CAP, KVM_MEMORY_ATTRIBUTE_PRIVATE } from '../uapi.ts';
+import {
+  GUEST_MEMFD_FLAG_HUGETLB,
+  GUEST_MEMFD_FLAG_WRITE,
+  KVM_CAP_PROPOSED,
+  SET_MEMORY_ATTRIBUTES2_FLAGS,
+} from '../uapi_proposed.ts';
 import { boolean, rangeError, shown } from '../validate.ts';
+import { modelledProposals } from './proposals.ts';
 
 /** The kernel and the hardware a rule is about: which build, which version, which limits. Contract §3, §4, §19. */
 export class Machine {
@@ -13,7 +20,11 @@ export class Machine {
   readonly pkvm: boolean;
   /** x86: system management mode is built in, so that ordinary VMs have a second address space. */
   readonly smm: boolean;
+  /** Interfaces it has before their time; a real kernel is never said to have any. */
+  readonly proposals: ReadonlySet<Proposal>;
   readonly #version: number;
+  readonly #physicalAddressBits: number | undefined;
+  readonly #userAddressBits: number | undefined;
 
   constructor(options: {
     arch: Arch;
@@ -23,6 +34,9 @@ export class Machine {
     tdp: boolean;
     pkvm: boolean;
     smm: boolean;
+    physicalAddressBits?: number | undefined;
+    userAddressBits?: number | undefined;
+    proposals?: ReadonlySet<Proposal>;
   }) {
     this.arch = options.arch;
     this.release = options.release;
@@ -31,6 +45,9 @@ export class Machine {
     this.tdp = options.tdp;
     this.pkvm = options.pkvm;
     this.smm = options.smm;
+    this.#physicalAddressBits = options.physicalAddressBits;
+    this.#userAddressBits = options.userAddressBits;
+    this.proposals = options.proposals ?? new Set();
     this.#version = versionNumber(options.release);
   }
 
@@ -43,6 +60,8 @@ export class Machine {
       smm = arch === 'x86_64',
       tdp = true,
       swProtected = tdp && arch === 'x86_64',
+      physicalAddressBits,
+      userAddressBits,
     } = options;
     const pageSizes = arch === 'x86_64' ? [4096] : [4096, 16384, 65536];
     const refuse = (what: string): never => {
@@ -57,7 +76,25 @@ export class Machine {
     if (swProtected && !tdp) refuse('SW_PROTECTED VMs need hardware paging (tdp)');
     if (smm && arch !== 'x86_64') refuse('system management mode exists on x86_64 only');
     if (pkvm && arch !== 'aarch64') refuse('pKVM exists on aarch64 only');
-    return new Machine({ arch, release: kernel, pageSize, swProtected, tdp, pkvm, smm });
+    for (const [name, bits] of Object.entries({ physicalAddressBits, userAddressBits })) {
+      const fits = bits === undefined || (Number.isInteger(bits) && bits >= 32 && bits <= 57);
+      if (!fits) refuse(`${name} is between 32 and 57, not ${shown(bits)}`);
+    }
+    const proposed = modelledProposals(options.proposals ?? []);
+    if (proposed.size > 0 && kernel !== kernelVersions.at(-1))
+      refuse(`proposals are made for the newest kernel, ${kernelVersions.at(-1)}, not for ${kernel}`);
+    return new Machine({
+      arch,
+      release: kernel,
+      pageSize,
+      swProtected,
+      tdp,
+      pkvm,
+      smm,
+      physicalAddressBits,
+      userAddressBits,
+      proposals: proposed,
+    });
   }
 
   since(version: KernelVersion): boolean {
@@ -85,17 +122,24 @@ export class Machine {
 
   /** arm64: the widest intermediate physical address a VM may ask for, in bits. */
   get ipaLimit(): number {
-    return 52;
+    return this.#physicalAddressBits ?? 52;
   }
 
   /** x86: bits of guest physical address a memslot may use: the host's MAXPHYADDR with TDP, the architecture's 52 without. */
   get physicalAddressBits(): number {
-    return this.tdp ? 46 : 52;
+    return this.#physicalAddressBits ?? (this.tdp ? 46 : 52);
   }
 
-  /** End of the user half of the address space: 4-level paging on x86, 48 bits on arm64. */
+  /** Where Linux puts mappings nobody asked an address for: below what 4-level paging reaches, and the stack. */
+  get mmapEnd(): bigint {
+    const window = 1n << BigInt(Math.min(this.#userAddressBits ?? 64, this.isArm ? 48 : 47));
+    return window - (1n << 27n);
+  }
+
+  /** End of the user half of the address space. */
   get taskSize(): bigint {
-    return this.isArm ? 1n << 48n : (1n << 47n) - 4096n;
+    const end = 1n << BigInt(this.#userAddressBits ?? (this.isArm ? 48 : 47));
+    return this.isArm ? end : end - 4096n;
   }
 }
 
@@ -115,6 +159,9 @@ export interface VmKind {
   readonly addressSpaces: number;
   readonly isProtected: boolean;
 }
+
+/** The longest ring of grants, proposed. */
+export const GRANT_RING_ENTRIES = 256;
 
 /** KVM_CHECK_EXTENSION. Contract §4. */
 export function checkExtension(machine: Machine, capability: number, vm?: VmKind): number {
@@ -156,6 +203,12 @@ export function checkExtension(machine: Machine, capability: number, vm?: VmKind
       return x86(machine.since('6.11') && machine.tdp ? 1 : 0);
     case KVM_CAP.GUEST_MEMFD_FLAGS:
       return guestMemfdFlags(machine, vm);
+    case KVM_CAP_PROPOSED.GUEST_MEMFD_MEMORY_ATTRIBUTES:
+      return conversionAttributes(machine, vm);
+    case KVM_CAP_PROPOSED.MEMORY_ATTRIBUTES2_FLAGS:
+      return conversionAttributes(machine, vm) && SET_MEMORY_ATTRIBUTES2_FLAGS;
+    case KVM_CAP_PROPOSED.GRANT_RING:
+      return machine.proposals.has('grant-ring') && conversionAttributes(machine, vm) ? GRANT_RING_ENTRIES : 0;
     default:
       return 0;
   }
@@ -165,7 +218,18 @@ export function supportedAttributes(machine: Machine, vm?: VmKind): number {
   return machine.swProtected && (vm?.hasPrivate ?? true) ? 8 : 0;
 }
 
+/** The attributes that KVM_SET_MEMORY_ATTRIBUTES2 takes on a guest_memfd: private, where VMs have private memory. */
+export function conversionAttributes(machine: Machine, vm?: VmKind): number {
+  if (!machine.proposals.has('in-place-conversion')) return 0;
+  const isPrivate = vm ? vm.hasPrivate || vm.isProtected : machine.swProtected || machine.pkvm;
+  return isPrivate ? KVM_MEMORY_ATTRIBUTE_PRIVATE : 0;
+}
+
 export function guestMemfdFlags(machine: Machine, vm?: VmKind): number {
   if (!machine.since('6.18')) return 0;
-  return vm?.hasPrivate ? GUEST_MEMFD_FLAG_MMAP : GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED;
+  const initShared = !vm?.hasPrivate || machine.proposals.has('in-place-conversion');
+  const proposed =
+    (machine.proposals.has('large-folios') ? GUEST_MEMFD_FLAG_HUGETLB : 0) |
+    (machine.proposals.has('write-population') ? GUEST_MEMFD_FLAG_WRITE : 0);
+  return GUEST_MEMFD_FLAG_MMAP | (initShared ? GUEST_MEMFD_FLAG_INIT_SHARED : 0) | proposed;
 }

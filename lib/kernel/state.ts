@@ -1,8 +1,13 @@
 import { RangeMap } from '../ranges.ts';
-import { GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES } from '../uapi.ts';
+import {
+  GUEST_MEMFD_FLAG_INIT_SHARED,
+  GUEST_MEMFD_FLAG_MMAP,
+  KVM_MEM_GUEST_MEMFD,
+  KVM_MEM_LOG_DIRTY_PAGES,
+} from '../uapi.ts';
 import { toPages } from './arguments.ts';
 import type { U64 } from './kernel.ts';
-import type { Machine } from './machine.ts';
+import { conversionAttributes, type Machine } from './machine.ts';
 
 /**
  * What a kernel holds, without the bytes: open files, VMs, memslots, bindings, attributes. The software kernel acts on it; the Linux
@@ -78,6 +83,8 @@ export class VmFile extends OpenFile {
   readonly addressSpaces: number;
   /** gfn → private. */
   readonly attributes = new RangeMap<true>();
+  /** Pages a guest means as private (true) or as shared, where it says so itself, as SNP and TDX guests do; null where no guest can. */
+  guestView: RangeMap<boolean> | null = null;
   manualDirtyLog = 0;
   dirtyRing: 'none' | 'ring' | 'ring-with-bitmap' = 'none';
   hypercallMask = 0;
@@ -103,6 +110,11 @@ export class VmFile extends OpenFile {
   /** Address spaces that a slot number may name: at least one, even where the capability says 0. */
   get addressSpaceIds(): number {
     return this.#slots.length;
+  }
+
+  /** What a guest_memfd that can be mapped says of its pages holds for the guest's accesses, too. */
+  get convertsInPlace(): boolean {
+    return conversionAttributes(this.machine, this) !== 0;
   }
 
   slot(addressSpace: number, id: number): MemslotState | undefined {
@@ -177,18 +189,68 @@ export class VmFile extends OpenFile {
   }
 }
 
+/** Why a page cannot become private now. */
+export interface Obstacle {
+  /** Page of the file. */
+  readonly page: number;
+  /** 'reference': until it is let go. 'movable': until the page is moved to where it may stay. */
+  readonly kind: 'reference' | 'movable';
+  readonly sentence: string;
+}
+
+/** Why a large folio stays whole. */
+export interface SplitProblem {
+  readonly errno: 'EAGAIN' | 'ENOMEM';
+  readonly sentence: string;
+}
+
 export class GuestMemfdFile extends OpenFile {
   readonly vm: VmFile;
   readonly size: U64;
   readonly flags: number;
   /** Pages of the file → the slot that has them. */
   readonly bindings = new RangeMap<MemslotState>();
+  /**
+   * Pages that are the guest's alone, whether they exist or not. As the file was created: all of it or nothing. Only the proposed in-place
+   * conversion changes it.
+   */
+  readonly privatePages = new RangeMap<true>();
 
   constructor(vm: VmFile, size: U64, flags: number) {
     super('gmem');
     this.vm = vm;
     this.size = size;
     this.flags = flags;
+    if (!(flags & GUEST_MEMFD_FLAG_INIT_SHARED)) this.privatePages.set(0, this.pages, true);
+  }
+
+  get pages(): number {
+    return toPages(this.size, this.vm.machine.pageSize);
+  }
+
+  /** The parts of a range that a conversion changes. */
+  *changing(
+    start: number,
+    end: number,
+    toPrivate: boolean,
+  ): Generator<{ readonly start: number; readonly end: number }> {
+    yield* toPrivate ? this.privatePages.gaps(start, end) : this.privatePages.within(start, end);
+  }
+
+  /** Carries out a conversion that every rule accepted. */
+  applyConversion(start: number, end: number, toPrivate: boolean): void {
+    if (toPrivate) this.privatePages.set(start, end, true);
+    else this.privatePages.delete(start, end);
+  }
+
+  /** What stands in the way of making pages private, as far as this kernel knows: a running one keeps it to itself. */
+  obstacle(_start: number, _end: number): Obstacle | null {
+    return null;
+  }
+
+  /** Why the folios that a range would cut through cannot be split. */
+  splitProblem(_start: number, _end: number): SplitProblem | null {
+    return null;
   }
 
   /** The slots outlive the file: their addresses stay taken, the memory is gone. Contract §11. */

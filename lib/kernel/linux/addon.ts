@@ -31,9 +31,12 @@ export interface Addon {
   getDirtyLog(bitmap: Uint8Array | null): number; // [vm, slot]
   clearDirtyLog(bitmap: Uint8Array | null): number; // [vm, slot, numPages, firstPage]; too short is NULL
 
+  // ── guest_memfd fds
+  setMemoryAttributes2(): number; // [gmem, offset, size, attributes, flags] → [error_offset]
+
   // ── vCPU fds: EBADF for run, runAsync and runPage unless createVcpu returned it on this thread; EBUSY while runAsync runs it
   createVcpu(): number; // [vm, id]; its kvm_run is mapped until the fd is closed
-  run(): number; // [vcpu, nanoseconds]; 0 completes what is pending and enters no guest
+  run(): number; // [vcpu, nanoseconds]; 0 completes what is pending and enters no guest; ETIME when the time is over
   runAsync(): Promise<number>; // the same
   kick(): number; // [vcpu], of any thread of the process
   runPage(): ArrayBuffer | number; // [vcpu]; a window over kvm_run, detached by close; EOPNOTSUPP without external buffers
@@ -91,6 +94,13 @@ export interface Addon {
   window(): ArrayBuffer | number; // [mapping, offset, length]; EOPNOTSUPP without external buffers, EFBIG past the longest
   detach(window: ArrayBuffer): number; // EINVAL unless it is an attached window
   munmap(): number; // [mapping]; detaches its windows first
+
+  // ── other threads: ENOENT for a number that nobody shares
+  shareFile(): number; // [fd]
+  takeFile(): number; // [share]
+  isShared(): number; // [share]; 1 or 0
+  shareMapping(): number; // [mapping]
+  takeMapping(): number; // [share] → [length]
 
   // ── libunicorn 2, opened at run time: an engine that is not in use is EBADF, what the library refuses EINVAL
   unicornLoad(): number; // ENOENT without the library

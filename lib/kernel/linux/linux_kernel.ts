@@ -29,6 +29,7 @@ import type {
   CacheStatus,
   FileStatus,
   Kernel,
+  MemoryAttributes2Args,
   MemoryAttributesArgs,
   Result,
   U64,
@@ -36,6 +37,7 @@ import type {
   UserMemoryRegion2,
 } from '../kernel.ts';
 import { Machine } from '../machine.ts';
+import { conversionPages, conversionRules, isToPrivate, notGuestMemfd } from '../rules/conversion.ts';
 import { clearDirtyLogRules, getDirtyLogRules } from '../rules/dirty_log.ts';
 import { createGuestMemfdRules, fallocateRules } from '../rules/guest_memfd.ts';
 import { memoryAttributesRules } from '../rules/memory_attributes.ts';
@@ -76,6 +78,10 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
 
   privateGfns(vm: number): ReadonlyRangeMap<true> | undefined {
     return this.files.vm(vm)?.attributes;
+  }
+
+  privatePages(fd: number): ReadonlyRangeMap<true> | undefined {
+    return this.files.gmem(fd)?.privatePages;
   }
 
   /** Takes over an fd that this process got from elsewhere, by inheritance or over a socket. */
@@ -139,7 +145,9 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
     const owner = this.files.vm(vm);
     this.command.i32(0, this.own(vm)).u64(1, request.size).u64(2, request.flags);
     const fd = this.native.createGuestMemfd();
-    if (fd < 0 || !owner) return this.refused(fd, createGuestMemfdRules, owner, request);
+    if (fd < 0) return this.refused(fd, createGuestMemfdRules, owner, request);
+    // A VM of another thread, of which nothing is known here.
+    if (!owner) return this.opened(fd, () => new OpenFile('gmem'));
     return this.opened(fd, () => new GuestMemfdFile(owner, request.size, low32(request.flags)));
   }
 
@@ -179,6 +187,8 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
     const slot = u32('slot', args.slot);
     const bitmap = args.dirtyBitmap === null ? null : bytes('dirtyBitmap', args.dirtyBitmap);
     const owner = this.files.vm(vm);
+    // How long the bitmap must be is unknown, and a log that is not copied is lost.
+    if (!owner && this.files.get(vm)?.kind === 'vm') return this.answer(-ERRNO.EIO);
     const request = { addressSpace: slot >>> 16, id: slot & 0xffff };
     const pages = owner?.slot(request.addressSpace, request.id)?.pages ?? Number.POSITIVE_INFINITY;
     this.command.i32(0, this.own(vm)).i32(1, slot);
@@ -202,6 +212,29 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
     this.command.i32(0, this.own(vm)).i32(1, slot).i32(2, request.numPages).u64(3, request.firstPage);
     const result = this.native.clearDirtyLog(bitmap);
     return result < 0 ? this.refused(result, clearDirtyLogRules, this.files.vm(vm), request) : result;
+  }
+
+  // ── guest_memfd fds
+
+  setMemoryAttributes2(fd: number, args: MemoryAttributes2Args): Result {
+    const request = {
+      offset: u64('offset', args.offset),
+      size: u64('size', args.size),
+      attributes: u64('attributes', args.attributes),
+      flags: u64('flags', args.flags),
+    };
+    const own = this.own(fd);
+    const kind = this.files.get(fd)?.kind;
+    // The number is new, and what other kinds of files take it for is not known.
+    if (kind && kind !== 'gmem') return this.answer(-ERRNO[notGuestMemfd(kind, this.arch === 'aarch64')]);
+    this.command.i32(0, own).u64(1, request.offset).u64(2, request.size);
+    this.command.u64(3, request.attributes).u64(4, request.flags);
+    const result = this.native.setMemoryAttributes2();
+    const file = this.files.gmem(fd);
+    if (result === -ERRNO.EAGAIN) args.errorOffset = this.command.result(0);
+    if (result < 0 || !file) return this.refused(result, conversionRules, file, request);
+    file.applyConversion(...conversionPages(file, request), isToPrivate(request));
+    return result;
   }
 
   // ── files
@@ -297,11 +330,12 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
   }
 
   fcntl(fd: number, command: number, argument: number): Result {
+    const own = this.own(fd);
     this.command
-      .i32(0, this.own(fd))
+      .i32(0, own)
       .i32(1, i32('command', command))
       .u64(2, i32('argument', argument) >>> 0);
-    return this.answer(FCNTL_COMMANDS.includes(command) ? this.native.fcntl() : -ERRNO.EINVAL);
+    return this.answer(own < 0 || FCNTL_COMMANDS.includes(command) ? this.native.fcntl() : -ERRNO.EINVAL);
   }
 
   poll(fd: number, events: number): Result {
@@ -469,6 +503,36 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
     this.#mappings[handle]?.file?.drop();
     this.#mappings[handle] = undefined;
     return result;
+  }
+
+  // ── threads
+
+  shareFile(fd: number): Result {
+    this.command.i32(0, this.own(fd));
+    return this.answer(this.native.shareFile());
+  }
+
+  takeFile(share: number, kind: 'kvm' | 'vm' | 'gmem'): Result {
+    this.command.u64(0, u64('share', share));
+    return this.opened(this.native.takeFile(), () => new OpenFile(kind));
+  }
+
+  isShared(share: number): boolean {
+    this.command.u64(0, u64('share', share));
+    return this.native.isShared() === 1;
+  }
+
+  shareMapping(mapping: number): Result {
+    this.command.u64(0, i32('mapping', mapping) >>> 0);
+    return this.answer(this.native.shareMapping());
+  }
+
+  takeMapping(share: number): Result {
+    this.command.u64(0, u64('share', share));
+    const handle = this.native.takeMapping();
+    if (handle < 0) return this.answer(handle);
+    this.#mappings[handle] = { length: Number(this.command.result(0)), file: undefined, windows: new Map() };
+    return handle;
   }
 
   // ── what the calls share

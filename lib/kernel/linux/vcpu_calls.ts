@@ -22,6 +22,7 @@ class VcpuFile extends OpenFile {
   readonly vm: VmFile | undefined;
   /** Made when it is asked for. */
   page: Uint8Array | null = null;
+  deadlinePassed = false;
 
   constructor(vm: VmFile | undefined) {
     super('vcpu');
@@ -54,13 +55,18 @@ export abstract class VcpuCalls extends LinuxCalls {
   }
 
   run(vcpu: number, deadline: number): Result {
-    this.#runCommand(vcpu, deadline);
-    return this.answer(this.native.run());
+    const file = this.#runCommand(vcpu, deadline);
+    return this.#ran(file, this.native.run());
   }
 
   async runAsync(vcpu: number, deadline: number): Promise<Result> {
-    this.#runCommand(vcpu, deadline);
-    return this.answer(await this.native.runAsync());
+    const file = this.#runCommand(vcpu, deadline);
+    return this.#ran(file, await this.native.runAsync());
+  }
+
+  deadlinePassed(vcpu: number): boolean {
+    const file = this.files.get(i32('vcpu', vcpu));
+    return file instanceof VcpuFile && file.deadlinePassed;
   }
 
   /** Also of a vCPU that another thread of this process created: that is what kicks are for. */
@@ -151,12 +157,20 @@ export abstract class VcpuCalls extends LinuxCalls {
 
   // ── what these calls share
 
-  #runCommand(vcpu: number, deadline: number): void {
+  #ran(file: OpenFile | undefined, result: Result): Result {
+    if (result >= 0) return result;
+    const passed = result === -ERRNO.ETIME;
+    if (file instanceof VcpuFile) file.deadlinePassed = passed;
+    return this.answer(passed ? -ERRNO.EINTR : result);
+  }
+
+  #runCommand(vcpu: number, deadline: number): OpenFile | undefined {
     if (typeof deadline !== 'number' || !(deadline >= 0))
       throw new TypeError('deadline must be a number of milliseconds');
     const file = this.files.get(i32('vcpu', vcpu));
     if (file instanceof VcpuFile && file.vm) file.vm.hasRun = true;
     this.command.i32(0, file ? vcpu : -1).u64(1, Math.min(Math.ceil(deadline * 1e6), LONGEST));
+    return file;
   }
 
   #struct(fd: number, request: number, data: Uint8Array, array: boolean): Result {

@@ -7,11 +7,14 @@ import {
   FALLOC_FL_UNSHARE_RANGE,
   FALLOC_FL_WRITE_ZEROES,
   FALLOC_FL_ZERO_RANGE,
+  GiB,
+  MiB,
 } from '../../uapi.ts';
-import { hasOtherBits, isAligned, isNegative, isZero, sumExceeds } from '../arguments.ts';
+import { GUEST_MEMFD_FLAG_HUGETLB, GUEST_MEMFD_HUGE_SHIFT } from '../../uapi_proposed.ts';
+import { big, hasOtherBits, isAligned, isNegative, isZero, low32, sumExceeds, toPages } from '../arguments.ts';
 import type { U64 } from '../kernel.ts';
-import { guestMemfdFlags } from '../machine.ts';
-import type { GuestMemfdFile, VmFile } from '../state.ts';
+import { guestMemfdFlags, type Machine } from '../machine.ts';
+import type { GuestMemfdFile, SplitProblem, VmFile } from '../state.ts';
 import { type Rule, rule } from './rule.ts';
 
 export interface CreateRequest {
@@ -30,7 +33,7 @@ export const createGuestMemfdRules: readonly Rule<VmFile, CreateRequest>[] = [
   rule('EINVAL', 'gmem-flags', (vm, { flags }) => {
     const allowed = guestMemfdFlags(vm.machine, vm);
     return (
-      hasOtherBits(flags, allowed) &&
+      hasOtherBits(withoutFolioSize(vm.machine, flags), allowed) &&
       `guest_memfd flags ${hex(flags)} are not all supported by this VM, which has ${hex(allowed)}`
     );
   }),
@@ -39,13 +42,34 @@ export const createGuestMemfdRules: readonly Rule<VmFile, CreateRequest>[] = [
     'gmem-size',
     (_vm, { size }) => (isZero(size) || isNegative(size)) && `a guest_memfd of ${size} bytes cannot be`,
   ),
+  rule('EINVAL', 'gmem-huge-size', ({ machine }, { flags }) => {
+    const wrong = machine.proposals.has('large-folios') && folioSize(flags) === undefined;
+    return wrong && `flags ${hex(flags)} name no size of folios: 21 or 30 from bit 58 on, with flag 4`;
+  }),
   rule('EINVAL', 'gmem-size-alignment', ({ machine }, { size }) => {
     return (
       !isAligned(size, machine.pageSize) &&
       `size ${formatBytes(size)} is not a multiple of the page size, ${machine.pageSize}`
     );
   }),
+  rule('EINVAL', 'gmem-huge-alignment', ({ machine }, { size, flags }) => {
+    const folio = machine.proposals.has('large-folios') ? folioSize(flags) : null;
+    return folio && !isAligned(size, folio) && `size ${formatBytes(size)} is not a multiple of ${formatBytes(folio)}`;
+  }),
 ];
+
+/** A proposed flag has an argument in the bits above it. */
+function withoutFolioSize(machine: Machine, flags: U64): U64 {
+  const takesSize = machine.proposals.has('large-folios') && (low32(flags) & GUEST_MEMFD_FLAG_HUGETLB) !== 0;
+  return takesSize ? big(flags) & ((1n << GUEST_MEMFD_HUGE_SHIFT) - 1n) : flags;
+}
+
+/** Bytes of the largest folios of a file created with these flags: null for single pages, undefined for a size that is none. */
+export function folioSize(flags: U64): number | null | undefined {
+  const shift = Number(big(flags) >> GUEST_MEMFD_HUGE_SHIFT);
+  if (!(low32(flags) & GUEST_MEMFD_FLAG_HUGETLB)) return shift === 0 ? null : undefined;
+  return shift === 0 || shift === 21 ? 2 * MiB : shift === 30 ? GiB : undefined;
+}
 
 export interface FallocateRequest {
   readonly mode: number;
@@ -94,6 +118,13 @@ export const fileSizeRule: Rule<unknown, FallocateRequest> = rule(
   },
 );
 
+function punchProblem(file: GuestMemfdFile, { mode, offset, length }: FallocateRequest): SplitProblem | null {
+  if (!(mode & FALLOC_FL_PUNCH_HOLE)) return null;
+  const { pageSize } = file.vm.machine;
+  const start = toPages(offset, pageSize);
+  return file.splitProblem(start, start + toPages(length, pageSize));
+}
+
 /** fallocate(2) on a guest_memfd. Contract §9. */
 export const fallocateRules: readonly Rule<GuestMemfdFile, FallocateRequest>[] = [
   ...vfsFallocateRules,
@@ -114,4 +145,9 @@ export const fallocateRules: readonly Rule<GuestMemfdFile, FallocateRequest>[] =
       `range ${formatBytes(offset)}, +${formatBytes(length)} ends past the end of the file, ${formatBytes(file.size)}`
     );
   }),
+  rule(
+    (file, request) => punchProblem(file, request)?.errno ?? 'ENOMEM',
+    'gmem-punch-split',
+    (file, request) => punchProblem(file, request)?.sentence,
+  ),
 ];

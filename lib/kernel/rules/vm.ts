@@ -46,6 +46,8 @@ export interface EnableCapRequest {
 
 /** The largest ring KVM accepts, in bytes: 65536 entries of 16. */
 const RING_MAX = 65536 * 16;
+/** The kernel passes the size on in 32 bits. */
+const ringSize = (value: U64): number => low32(value);
 const rings: readonly number[] = [KVM_CAP.DIRTY_LOG_RING, KVM_CAP.DIRTY_LOG_RING_ACQ_REL];
 const known: readonly number[] = [
   ...rings,
@@ -81,12 +83,12 @@ export const enableCapRules: readonly Rule<VmFile, EnableCapRequest>[] = [
     );
   }),
   rule('EINVAL', 'ring-size', (vm, { cap, args }) => {
-    const size = big(args[0]);
-    const fits = size >= vm.machine.pageSize && (size & (size - 1n)) === 0n;
+    const size = ringSize(args[0]);
+    const fits = size >= vm.machine.pageSize && Number.isInteger(Math.log2(size));
     return rings.includes(cap) && !fits && `a dirty ring of ${size} bytes is not a power of two of at least one page`;
   }),
   rule('E2BIG', 'ring-too-big', (_vm, { cap, args }) => {
-    return rings.includes(cap) && big(args[0]) > RING_MAX && `a dirty ring has at most ${RING_MAX} bytes`;
+    return rings.includes(cap) && ringSize(args[0]) > RING_MAX && `a dirty ring has at most ${RING_MAX} bytes`;
   }),
   rule(
     'EINVAL',

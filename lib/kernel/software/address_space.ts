@@ -1,6 +1,7 @@
 import { RangeMap } from '../../ranges.ts';
 import {
   ERRNO,
+  MADV_COLD,
   MADV_COLLAPSE,
   MADV_DONTNEED,
   MADV_DONTNEED_LOCKED,
@@ -8,6 +9,7 @@ import {
   MADV_GUARD_INSTALL,
   MADV_GUARD_REMOVE,
   MADV_NORMAL,
+  MADV_PAGEOUT,
   MADV_POPULATE_READ,
   MADV_POPULATE_WRITE,
   MADV_REMOVE,
@@ -27,78 +29,8 @@ import {
 } from '../../uapi.ts';
 import type { Result } from '../kernel.ts';
 import type { Machine } from '../machine.ts';
-import type { MemoryFile } from './memory_file.ts';
-import { PageStore } from './page_store.ts';
-import { SoftwareGuestMemfd } from './software_files.ts';
-
-export type MappedFile = MemoryFile | SoftwareGuestMemfd;
-
-/** Units: pages of the mapping, unless a name or a comment says bytes. */
-export class Mapping {
-  readonly address: bigint;
-  readonly pages: number;
-  readonly shared: boolean;
-  readonly file: MappedFile | null;
-  /** Page of the file, or of the store, where the mapping starts. */
-  readonly pgoff: number;
-  /** Where its bytes are: the file's own, or a private copy of what was written. */
-  readonly store: PageStore;
-  readonly protection = new RangeMap<number>();
-  readonly #createdWritable: boolean;
-  readonly guards = new RangeMap<true>();
-  readonly locked = new RangeMap<true>();
-  readonly policy = new RangeMap<number>();
-  /** Bytes of the store that somebody has a view on through this mapping. */
-  readonly windows = new RangeMap<true>();
-
-  constructor(
-    address: bigint,
-    pages: number,
-    shared: boolean,
-    file: MappedFile | null,
-    pgoff: number,
-    pageSize: number,
-    prot: number,
-  ) {
-    this.address = address;
-    this.pages = pages;
-    this.shared = shared;
-    this.file = file;
-    this.pgoff = pgoff;
-    this.store = shared && file ? file.store : new PageStore(pageSize, () => (pgoff + pages) * pageSize);
-    this.protection.set(0, pages, prot);
-    this.#createdWritable = (prot & PROT_WRITE) !== 0;
-    file?.hold();
-    if (this.#writes) this.#writes.writableMappings++;
-  }
-
-  /** What F_SEAL_WRITE has to know of this mapping. */
-  get #writes(): MemoryFile | null {
-    return this.shared && this.#createdWritable && this.file && !(this.file instanceof SoftwareGuestMemfd)
-      ? this.file
-      : null;
-  }
-
-  drop(): void {
-    if (this.#writes) this.#writes.writableMappings--;
-    this.file?.drop();
-  }
-
-  get gmem(): SoftwareGuestMemfd | null {
-    return this.file instanceof SoftwareGuestMemfd ? this.file : null;
-  }
-
-  /** How many pages from `page` on a touch may reach before it is SIGSEGV or SIGBUS, up to `end`. Contract §8.2. */
-  accessible(page: number, end: number, prot: number): number {
-    let stop = Math.min(end, this.pages, this.file ? this.file.pages - this.pgoff : end);
-    if (this.gmem && !this.gmem.initShared) stop = page;
-    for (const guard of this.guards.within(page, stop)) stop = Math.min(stop, guard.start);
-    for (const range of this.protection.within(page, stop)) {
-      if ((range.value & prot) !== prot) stop = Math.min(stop, range.start);
-    }
-    return Math.max(0, stop - page);
-  }
-}
+import { copyMapping, type MappedFile, Mapping } from './mapping.ts';
+import type { PageStore } from './page_store.ts';
 
 /** Whether madvise(2) knows the advice at all. */
 export function isAdvice(advice: number): boolean {
@@ -123,7 +55,7 @@ export class AddressSpace {
 
   constructor(machine: Machine) {
     this.#machine = machine;
-    this.#next = Number(machine.taskSize / BigInt(machine.pageSize)) - 1;
+    this.#next = Number(machine.mmapEnd / BigInt(machine.pageSize));
   }
 
   get(handle: number): Mapping | undefined {
@@ -131,11 +63,12 @@ export class AddressSpace {
   }
 
   /** @returns a handle, or -ENOMEM where no room is left. */
-  map(pages: number, shared: boolean, file: MappedFile | null, pgoff: number, prot: number): Result {
+  map(pages: number, shared: boolean, file: MappedFile | null, pgoff: number, prot: number, yields = false): Result {
     const { pageSize } = this.#machine;
     const first = this.#room(pages);
     if (first === null) return -ERRNO.ENOMEM;
-    const mapping = new Mapping(BigInt(first) * BigInt(pageSize), pages, shared, file, pgoff, pageSize, prot);
+    const address = BigInt(first) * BigInt(pageSize);
+    const mapping = new Mapping(address, pages, shared, file, pgoff, pageSize, prot, yields);
     this.#addresses.set(first, first + pages, mapping);
     const handle = this.#free.pop() ?? this.#mappings.length;
     this.#mappings[handle] = mapping;
@@ -172,6 +105,7 @@ export class AddressSpace {
 
   peek(mapping: Mapping, offset: number, target: Uint8Array): Result {
     return this.#copy(mapping, offset, target.length, PROT_READ, (at, length) => {
+      this.#noteZeros(mapping, at, length);
       this.#fillPrivate(mapping, at, length);
       mapping.store.read(at, target.subarray(0, length));
       mapping.store.touch(Math.floor(at / this.#machine.pageSize), Math.ceil((at + length) / this.#machine.pageSize));
@@ -181,6 +115,8 @@ export class AddressSpace {
   poke(mapping: Mapping, offset: number, source: Uint8Array): Result {
     return this.#copy(mapping, offset, source.length, PROT_WRITE, (at, length) => {
       this.#fillPrivate(mapping, at, length);
+      const { pageSize } = this.#machine;
+      mapping.zeros.delete(Math.floor(at / pageSize), Math.ceil((at + length) / pageSize));
       mapping.store.write(at, source.subarray(0, length));
     });
   }
@@ -189,8 +125,12 @@ export class AddressSpace {
   populate(mapping: Mapping, start: number, end: number, prot: number): boolean {
     const count = mapping.accessible(start, end, prot);
     const { pageSize } = this.#machine;
+    const written = prot === PROT_WRITE || mapping.locked.overlaps(start, end);
+    if (written) mapping.zeros.delete(mapping.pgoff + start, mapping.pgoff + start + count);
+    else this.#noteZeros(mapping, (mapping.pgoff + start) * pageSize, count * pageSize);
     this.#fillPrivate(mapping, (mapping.pgoff + start) * pageSize, count * pageSize);
     mapping.store.touch(mapping.pgoff + start, mapping.pgoff + start + count);
+    mapping.faulted?.set(mapping.pgoff + start, mapping.pgoff + start + count, true);
     return count === end - start;
   }
 
@@ -205,18 +145,26 @@ export class AddressSpace {
   advise(mapping: Mapping, start: number, end: number, advice: number): Result {
     const { gmem, store, pgoff } = mapping;
     const anonymous = !mapping.file;
+    // Linux goes through the range from its start, and stops where it may not go on.
+    const unlocked = [...mapping.locked.within(start, end)][0]?.start ?? end;
     switch (advice) {
       case MADV_DONTNEED:
       case MADV_DONTNEED_LOCKED:
-        if (advice === MADV_DONTNEED && mapping.locked.overlaps(start, end)) return -ERRNO.EINVAL;
-        if (!mapping.shared) store.discard(pgoff + start, pgoff + end);
-        return 0;
-      case MADV_REMOVE:
-        if (mapping.locked.overlaps(start, end) || !mapping.file) return -ERRNO.EINVAL;
-        if (!mapping.shared) return -ERRNO.EACCES;
-        store.discard(pgoff + start, pgoff + end);
-        return 0;
+        if (!mapping.shared) store.discard(pgoff + start, pgoff + (advice === MADV_DONTNEED ? unlocked : end));
+        mapping.faulted?.delete(pgoff + start, pgoff + (advice === MADV_DONTNEED ? unlocked : end));
+        return advice === MADV_DONTNEED && unlocked < end ? -ERRNO.EINVAL : 0;
+      case MADV_REMOVE: {
+        if (!mapping.file) return -ERRNO.EINVAL;
+        if (!mapping.shared) return unlocked === start ? -ERRNO.EINVAL : -ERRNO.EACCES;
+        const punched = gmem ? gmem.punch(pgoff + start, pgoff + unlocked) : 0;
+        if (!gmem) store.discard(pgoff + start, pgoff + unlocked);
+        return unlocked < end ? -ERRNO.EINVAL : punched;
+      }
+      case MADV_COLD:
+      case MADV_PAGEOUT:
+        return unlocked < end ? -ERRNO.EINVAL : 0;
       case MADV_FREE:
+        return anonymous && !mapping.shared && unlocked === end ? 0 : -ERRNO.EINVAL;
       case MADV_WIPEONFORK:
         return anonymous && !mapping.shared ? 0 : -ERRNO.EINVAL;
       case MADV_COLLAPSE:
@@ -224,16 +172,20 @@ export class AddressSpace {
       case MADV_POPULATE_READ:
       case MADV_POPULATE_WRITE: {
         const prot = advice === MADV_POPULATE_READ ? PROT_READ : PROT_WRITE;
-        if (((mapping.protection.get(start) ?? 0) & prot) === prot)
-          return this.populate(mapping, start, end, prot) ? 0 : -ERRNO.EFAULT;
-        return -ERRNO.EINVAL;
+        const refused = [...mapping.protection.within(start, end)].find((range) => (range.value & prot) !== prot);
+        const permitted = refused?.start ?? end;
+        if (!this.populate(mapping, start, permitted, prot)) return -ERRNO.EFAULT;
+        return permitted < end ? -ERRNO.EINVAL : 0;
       }
       case MADV_GUARD_INSTALL:
       case MADV_GUARD_REMOVE:
         if (!this.#machine.since('6.18') && !anonymous) return -ERRNO.EINVAL;
         if (advice === MADV_GUARD_REMOVE) mapping.guards.delete(start, end);
-        else mapping.guards.set(start, end, true);
-        return 0;
+        else {
+          mapping.guards.set(start, unlocked, true);
+          if (!mapping.shared) store.discard(pgoff + start, pgoff + unlocked);
+        }
+        return advice === MADV_GUARD_INSTALL && unlocked < end ? -ERRNO.EINVAL : 0;
       default:
         // What is left changes nothing that can be seen: reclaim hints, fork and dump policy, huge pages, KSM.
         return 0;
@@ -254,6 +206,11 @@ export class AddressSpace {
 
   residency(mapping: Mapping, start: number, end: number, target: Uint8Array): void {
     mapping.store.residency(mapping.pgoff + start, mapping.pgoff + end, target);
+    if (mapping.shared || !mapping.file) return;
+    // What a private mapping has no copy of is the file's.
+    const ofFile = new Uint8Array(end - start);
+    mapping.file.store.residency(mapping.pgoff + start, mapping.pgoff + end, ofFile);
+    for (const [index, resident] of ofFile.entries()) if (resident) target[index] = 1;
   }
 
   /** One NUMA node, number 0. */
@@ -277,8 +234,9 @@ export class AddressSpace {
   window(mapping: Mapping, offset: number, length: number): Uint8Array | null {
     const at = mapping.pgoff * this.#machine.pageSize + offset;
     this.#fillPrivate(mapping, at, length);
-    const view = mapping.store.window(at, length);
+    const view = mapping.store.window(at, length, !mapping.yields);
     if (!view) return null;
+    mapping.zeros.delete(Math.floor(at / this.#machine.pageSize), Math.ceil((at + length) / this.#machine.pageSize));
     mapping.windows.set(at, at + length, true);
     this.#buffers.set(view.buffer, { mapping, shift: at - view.byteOffset });
     return view;
@@ -306,8 +264,9 @@ export class AddressSpace {
     return Math.max(0, Math.min(buffer.length, (start + pages) * pageSize - offset));
   }
 
-  /** Whether the page of a mapping exists, so that a guest's access would find it rather than make it. */
+  /** Whether the page of a mapping exists and is its own, so that a guest's access would find it rather than make it. */
   isPresent(mapping: Mapping, page: number): boolean {
+    if (mapping.zeros.get(mapping.pgoff + page)) return false;
     return mapping.store.residentPages(mapping.pgoff + page, mapping.pgoff + page + 1) > 0;
   }
 
@@ -335,8 +294,22 @@ export class AddressSpace {
     const reach = (page + mapping.accessible(page, Math.ceil((offset + length) / pageSize), prot)) * pageSize - offset;
     if (reach <= 0) return -ERRNO.EFAULT;
     const count = Math.min(length, reach);
-    copy(mapping.pgoff * pageSize + offset, count);
+    const at = mapping.pgoff * pageSize + offset;
+    copy(at, count);
+    mapping.faulted?.set(Math.floor(at / pageSize), Math.ceil((at + count) / pageSize), true);
     return count;
+  }
+
+  #noteZeros(mapping: Mapping, at: number, length: number): void {
+    if (mapping.shared || mapping.file) return;
+    const { pageSize } = this.#machine;
+    const end = Math.ceil((at + length) / pageSize);
+    let page = Math.floor(at / pageSize);
+    for (const present of mapping.store.presentWithin(page, end)) {
+      if (present.start > page) mapping.zeros.set(page, present.start, true);
+      page = present.end;
+    }
+    if (page < end) mapping.zeros.set(page, end, true);
   }
 
   /** A private mapping of a file starts with the file's bytes and keeps its own from the first touch on. */
@@ -346,6 +319,7 @@ export class AddressSpace {
     const page = new Uint8Array(pageSize);
     const missing = [...gaps(mapping.store, Math.floor(at / pageSize), Math.ceil((at + length) / pageSize))];
     for (const number of missing) {
+      mapping.file.store.touch(number, number + 1);
       mapping.file.store.read(number * pageSize, page);
       mapping.store.write(number * pageSize, page);
     }
@@ -359,7 +333,7 @@ export class AddressSpace {
       this.#next -= pages + guard;
       return this.#next;
     }
-    const top = Number(this.#machine.taskSize / BigInt(this.#machine.pageSize)) - 1;
+    const top = Number(this.#machine.mmapEnd / BigInt(this.#machine.pageSize));
     for (const { start, end } of this.#addresses.gaps(lowest, top)) {
       if (end - start >= pages + 2 * guard) return start + guard;
     }
@@ -374,19 +348,4 @@ function* gaps(store: PageStore, start: number, end: number): Generator<number> 
     page = range.end;
   }
   for (; page < end; page++) yield page;
-}
-
-function copyMapping(mapping: Mapping, pageSize: number): Mapping {
-  const { address, pages, shared, file, pgoff } = mapping;
-  const copy = new Mapping(address, pages, shared, file, pgoff, pageSize, mapping.protection.get(0) ?? 0);
-  for (const { start, end, value } of mapping.protection) copy.protection.set(start, end, value);
-  for (const { start, end } of mapping.guards) copy.guards.set(start, end, true);
-  for (const { start, end, value } of mapping.policy) copy.policy.set(start, end, value);
-  if (shared) return copy;
-  for (const range of mapping.store.presentWithin(0, pgoff + pages)) {
-    const bytes = new Uint8Array((range.end - range.start) * pageSize);
-    mapping.store.read(range.start * pageSize, bytes);
-    copy.store.write(range.start * pageSize, bytes);
-  }
-  return copy;
 }

@@ -58,6 +58,7 @@ export class DiskFile extends MemoryFile {
   }
 
   protected override released(): void {
+    super.released();
     if (this.sync() < 0)
       process.emitWarning('a file behind host memory could not be written back', { code: 'GUEST_MEMFD_WRITEBACK' });
     fs.closeSync(this.#fd);

@@ -19,11 +19,14 @@ import {
   POLLIN,
   POLLOUT,
 } from '../../uapi.ts';
+import { F_SEAL_GUEST } from '../../uapi_proposed.ts';
 import { bytes, i32, isNegative, isZero, text, toPages, u32, u64 } from '../arguments.ts';
 import type { CacheStatus, FileStatus, Result, U64 } from '../kernel.ts';
 import { fallocateRules, fileSizeRule, vfsFallocateRules } from '../rules/guest_memfd.ts';
 import { GuestMemfdFile, OpenFile } from '../state.ts';
 import { DiskFile } from './disk_file.ts';
+import { type GuestMemfdIo, transferRules } from './guest_memfd_io.ts';
+import { guestFileFallocateRules, guestFileRules, guestSealRules } from './guest_seal_rules.ts';
 import { MemoryFile } from './memory_file.ts';
 import { SoftwareProcess } from './process.ts';
 import { EpollFile, EventFile, SoftwareGuestMemfd } from './software_files.ts';
@@ -63,13 +66,15 @@ export abstract class FileCalls extends SoftwareProcess {
       if (refused !== null) return refused;
       const start = toPages(request.offset, this.pageSize);
       const end = Math.min(start + toPages(request.length, this.pageSize), file.pages);
-      if (request.mode & FALLOC_FL_PUNCH_HOLE) file.store.discard(start, end);
-      else file.store.allocate(start, end);
+      if (request.mode & FALLOC_FL_PUNCH_HOLE) return this.answer(file.punch(start, end));
+      file.store.allocate(start, end);
       return 0;
     }
     const refused = this.check(vfsFallocateRules, file, request);
     if (refused !== null) return refused;
     if (!(file instanceof MemoryFile)) return this.refuse('ENODEV', 'only regular files can be allocated');
+    const sealed = this.check(guestFileFallocateRules, file, request);
+    if (sealed !== null) return sealed;
     const beyond = this.check([fileSizeRule], file, request);
     if (beyond !== null) return beyond;
     if (request.mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE))
@@ -90,6 +95,8 @@ export abstract class FileCalls extends SoftwareProcess {
     if (!file) return isNegative(size) ? this.refuse('EINVAL', 'the length is negative') : this.badFd(fd);
     if (isNegative(size) || !(file instanceof MemoryFile))
       return this.refuse('EINVAL', 'the size of this file cannot change');
+    const sealed = this.check(guestFileRules, file, 'cut');
+    if (sealed !== null) return sealed;
     return this.answer(file.truncate(Number(size)));
   }
 
@@ -107,7 +114,8 @@ export abstract class FileCalls extends SoftwareProcess {
         nlink: 1,
       });
     } else if (file instanceof MemoryFile) {
-      const blocks = BigInt((file.store.residentPages(0, file.pages) * pageSize) / 512);
+      // Also those that KEEP_SIZE allocated behind the end.
+      const blocks = BigInt((file.store.residentPages(0, Number.MAX_SAFE_INTEGER) * pageSize) / 512);
       Object.assign(status, {
         mode: file.mode,
         size: BigInt(file.size),
@@ -143,7 +151,7 @@ export abstract class FileCalls extends SoftwareProcess {
     const pages = (value: U64, round: (n: number) => number): number => round(Number(value) / this.pageSize);
     const end = isZero(size) ? Number.MAX_SAFE_INTEGER : pages(Number(start) + Number(size), Math.ceil);
     const stored = file instanceof SoftwareGuestMemfd || file instanceof MemoryFile;
-    status.cache = stored ? file.store.residentPages(pages(start, Math.floor), Math.min(end, file.pages)) : 0;
+    status.cache = stored ? file.store.residentPages(pages(start, Math.floor), end) : 0;
     status.dirty = status.writeback = status.evicted = status.recentlyEvicted = 0;
     return 0;
   }
@@ -159,32 +167,22 @@ export abstract class FileCalls extends SoftwareProcess {
     const plain = bytes('target', target);
     const file = this.file(i32('fd', fd));
     if (file instanceof EventFile) return this.answer(file.read(plain));
-    return this.#transfer(fd, plain, (file) => {
-      const count = file.read(plain, file.position);
-      file.position += count;
-      return count;
-    });
+    return this.#transfer(fd, plain, false, null);
   }
 
   write(fd: number, source: Uint8Array): Result {
     const plain = bytes('source', source);
     const file = this.file(i32('fd', fd));
     if (file instanceof EventFile) return this.answer(file.write(plain));
-    return this.#transfer(fd, plain, (file) => {
-      const count = file.write(plain, file.position);
-      if (count > 0) file.position += count;
-      return count;
-    });
+    return this.#transfer(fd, plain, true, null);
   }
 
   pread(fd: number, target: Uint8Array, offset: U64): Result {
-    const plain = bytes('target', target);
-    return this.#transferAt(fd, plain, offset, (file, at) => file.read(plain, at));
+    return this.#transferAt(fd, bytes('target', target), false, offset);
   }
 
   pwrite(fd: number, source: Uint8Array, offset: U64): Result {
-    const plain = bytes('source', source);
-    return this.#transferAt(fd, plain, offset, (file, at) => file.write(plain, at));
+    return this.#transferAt(fd, bytes('source', source), true, offset);
   }
 
   lseek(fd: number, offset: U64, whence: number): Result {
@@ -192,8 +190,11 @@ export abstract class FileCalls extends SoftwareProcess {
     const file = this.file(i32('fd', fd));
     if (!file) return this.badFd(fd);
     if (i32('whence', whence) < 0 || whence > 4) return this.refuse('EINVAL', `there is no whence ${whence}`);
-    if (file instanceof MemoryFile) return this.answer(file.seek(Number(at), whence));
-    return file.kind === 'kvm' || file.kind === 'vm' ? 0 : this.refuse('ESPIPE', 'this file has no position');
+    const io = transferable(file);
+    if (io) return this.answer(io.seek(Number(at), whence));
+    return file.kind === 'kvm' || file.kind === 'vm' || file.kind === 'vcpu'
+      ? 0
+      : this.refuse('ESPIPE', 'this file has no position');
   }
 
   memfdCreate(name: string, flags: number): Result {
@@ -224,9 +225,15 @@ export abstract class FileCalls extends SoftwareProcess {
         return 0;
       case F_GETFL: {
         const largeFile = this.machine.isArm ? 0x20000 : 0x8000;
-        return file.kind === 'vm' || file.kind === 'uffd' ? 2 : 2 | largeFile;
+        // What open(2) opened has it, and what behaves as if it had.
+        return file.kind === 'kvm' || file.kind === 'gmem' || file.kind === 'file' ? 2 | largeFile : 2;
       }
       case F_ADD_SEALS:
+        if (file instanceof MemoryFile && value & F_SEAL_GUEST && this.machine.proposals.has('guest-seal'))
+          return this.#sealForGuest(file, value);
+        return file instanceof MemoryFile
+          ? this.answer(file.fcntlSeals(number, value))
+          : this.refuse('EINVAL', 'this file cannot be sealed');
       case F_GET_SEALS:
         return file instanceof MemoryFile
           ? this.answer(file.fcntlSeals(number, value))
@@ -275,6 +282,15 @@ export abstract class FileCalls extends SoftwareProcess {
     return this.files.close(fd) ? 0 : this.badFd(fd);
   }
 
+  /** F_ADD_SEALS with F_SEAL_GUEST, alone or with others: all of them or none. */
+  #sealForGuest(file: MemoryFile, seals: number): Result {
+    const refused = this.check(guestSealRules, file, seals);
+    if (refused !== null) return refused;
+    const others = this.answer(file.fcntlSeals(F_ADD_SEALS, seals & ~F_SEAL_GUEST));
+    if (others === 0) file.seals |= F_SEAL_GUEST;
+    return others;
+  }
+
   /** An fd that only names a file: every operation on it is EBADF. */
   #openPath(path: string): Result {
     const own = Number(/^\/proc\/self\/fd\/(\d+)$/.exec(path)?.[1]);
@@ -283,21 +299,37 @@ export abstract class FileCalls extends SoftwareProcess {
       : this.refuse('ENOENT', `the software kernel names only its own files, not ${path}`);
   }
 
-  #transfer(fd: number, buffer: Uint8Array, move: (file: MemoryFile) => Result): Result {
+  /** @param at null: at the file's position, which moves on. */
+  #transfer(fd: number, buffer: Uint8Array, write: boolean, at: number | null): Result {
     const file = this.file(i32('fd', fd));
     if (!file) return this.badFd(fd);
-    if (!(file instanceof MemoryFile)) return this.refuse('EINVAL', 'this file has no read or write');
+    const io = transferable(file);
+    if (!io) return this.refuse('EINVAL', 'this file has no read or write');
+    const offset = at ?? io.position;
+    const refused =
+      file instanceof SoftwareGuestMemfd
+        ? this.check(transferRules, file, { offset, length: buffer.length, write })
+        : this.check(guestFileRules, file as MemoryFile, 'read or written');
+    if (refused !== null) return refused;
     if (this.memory.touchable(buffer) < buffer.length)
       return this.refuse('EFAULT', 'the buffer lies in memory that cannot be touched');
-    return this.answer(move(file));
+    const count = write ? io.write(buffer, offset) : io.read(buffer, offset);
+    if (at === null && count > 0) io.position += count;
+    return this.answer(count);
   }
 
-  #transferAt(fd: number, buffer: Uint8Array, offset: U64, move: (file: MemoryFile, at: number) => Result): Result {
+  #transferAt(fd: number, buffer: Uint8Array, write: boolean, offset: U64): Result {
     const at = u64('offset', offset);
     if (isNegative(at)) return this.refuse('EINVAL', 'the offset is negative');
     const file = this.file(i32('fd', fd));
     if (!file) return this.badFd(fd);
-    if (file.kind !== 'kvm' && !(file instanceof MemoryFile)) return this.refuse('ESPIPE', 'this file has no offsets');
-    return this.#transfer(fd, buffer, (opened) => move(opened, Number(at)));
+    if (file.kind !== 'kvm' && !transferable(file)) return this.refuse('ESPIPE', 'this file has no offsets');
+    return this.#transfer(fd, buffer, write, Number(at));
   }
+}
+
+/** What reads and writes the bytes of a file; null where they are not for that. */
+function transferable(file: OpenFile): MemoryFile | GuestMemfdIo | null {
+  if (file instanceof SoftwareGuestMemfd) return file.io;
+  return file instanceof MemoryFile ? file : null;
 }

@@ -45,8 +45,10 @@ export class SoftwareBus implements GuestBus {
   #page(gpa: number, bytes: Uint8Array, write: boolean): Access {
     const { pageSize } = this.#vm.machine;
     const gfn = Math.floor(gpa / pageSize);
-    const secret = this.#vm.hasPrivate && this.#vm.attributes.get(gfn) === true;
     const slot = this.#vm.slotOverlapping(0, gfn, gfn + 1);
+    const secret = this.#isPrivate(slot, gfn);
+    const wanted = this.#vm.guestView?.get(gfn) ?? secret;
+    if (wanted !== secret) return this.#fault(ERRNO.EFAULT, gpa, wanted);
     if (!slot) return secret ? this.#fault(ERRNO.EFAULT, gpa, true) : { kind: 'mmio', gpa };
     // Without hardware paging every instruction is emulated, and the emulator knows host addresses only. Contract §13.5, §13.6.
     if (!this.#vm.machine.tdp) {
@@ -54,10 +56,17 @@ export class SoftwareBus implements GuestBus {
       return access?.kind === 'ok' ? access : { kind: 'mmio', gpa };
     }
     // A protected VM has no use for the file, and its memory is the host's until the guest takes it. Contract §17.1.
-    if (this.#vm.isProtected) return this.#fromHost(slot, gpa, bytes, write);
+    if (this.#vm.isProtected && !this.#vm.convertsInPlace) return this.#fromHost(slot, gpa, bytes, write);
     if (secret || slot.gmemOnly) return this.#fromFile(slot, gpa, secret, bytes, write);
     if (write && slot.flags & KVM_MEM_READONLY) return { kind: 'mmio', gpa };
     return this.#fromHost(slot, gpa, bytes, write);
+  }
+
+  /** The file of a slot decides where pages are converted in place, the attribute of the VM everywhere else. */
+  #isPrivate(slot: MemslotState | undefined, gfn: number): boolean {
+    if (slot?.gmemOnly && slot.guestMemfd && this.#vm.convertsInPlace)
+      return slot.guestMemfd.privatePages.get(slot.pgoff + gfn - slot.baseGfn) === true;
+    return this.#vm.hasPrivate && this.#vm.attributes.get(gfn) === true;
   }
 
   #fromFile(slot: MemslotState, gpa: number, secret: boolean, bytes: Uint8Array, write: boolean): Access {
@@ -82,8 +91,9 @@ export class SoftwareBus implements GuestBus {
     if (this.#vm.isProtected && found.mapping.gmem) return { kind: 'fault', errno: ERRNO.EIO, fault: null };
     const page = Math.floor(found.offset / pageSize);
     // The kernel maps a page of a writable slot writable where it can, and a read of a page without write permission still works.
-    const needed = write || this.#vm.isProtected ? PROT_READ | PROT_WRITE : PROT_READ;
-    if (found.mapping.accessible(page, page + 1, needed) === 0) return unreachable;
+    const needed = (write ? PROT_WRITE : PROT_READ) | (this.#vm.isProtected ? PROT_WRITE : 0);
+    if (!found.mapping.permits(page, needed) || found.mapping.accessible(page, page + 1, needed) === 0)
+      return unreachable;
     const index = Math.floor(inSlot / pageSize);
     slot.mapped ??= new RangeMap();
     // On x86 with hardware paging a first read maps a page that is there writable at once, and counts as a write. Contract §16.

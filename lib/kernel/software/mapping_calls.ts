@@ -4,23 +4,29 @@ import {
   MAP_ANONYMOUS,
   MAP_POPULATE,
   MAP_PRIVATE,
+  MAP_SHARED_VALIDATE,
   MAP_TYPE,
   MS_ASYNC,
+  MS_INVALIDATE,
   MS_SYNC,
   O_CLOEXEC,
   PROT_READ,
   UFFD_FEATURE_WP_ASYNC,
   UFFDIO_REGISTER_MODE_WP,
 } from '../../uapi.ts';
+import { MAP_GUEST_SHARED } from '../../uapi_proposed.ts';
 import { shown } from '../../validate.ts';
 import { bytes, i32, isAligned, toPages, u64 } from '../arguments.ts';
 import type { Result, U64 } from '../kernel.ts';
 import type { OpenFile } from '../state.ts';
-import { isAdvice, type MappedFile, type Mapping } from './address_space.ts';
+import { isAdvice } from './address_space.ts';
 import { FileCalls } from './file_calls.ts';
+import type { MappedFile, Mapping } from './mapping.ts';
 import { MemoryFile } from './memory_file.ts';
 import { mmapRules } from './mmap_rules.ts';
 import { SoftwareGuestMemfd, UserfaultFile } from './software_files.ts';
+
+type RangeCall = (mapping: Mapping, start: number, end: number) => Result;
 
 /** The system calls on mappings, which are handles here. */
 export abstract class MappingCalls extends FileCalls {
@@ -45,6 +51,7 @@ export abstract class MappingCalls extends FileCalls {
       this.#mappedFile(request.file, shared, pages),
       pgoff,
       request.prot & 7,
+      (flags & MAP_TYPE) === MAP_SHARED_VALIDATE && (flags & MAP_GUEST_SHARED) !== 0,
     );
     if (handle < 0) return this.refuse('ENOMEM', `no room for ${formatBytes(request.length)}`);
     if (flags & MAP_POPULATE) this.memory.populate(this.memory.get(handle) as Mapping, 0, pages, PROT_READ);
@@ -64,9 +71,9 @@ export abstract class MappingCalls extends FileCalls {
 
   madvise(mapping: number, offset: U64, length: U64, advice: number): Result {
     const wanted = i32('advice', advice);
-    if (!isAdvice(wanted))
-      return this.refuse('EINVAL', `advice ${wanted} is unknown, or would poison memory of the machine`);
-    return this.#range(mapping, offset, length, (found, start, end) => this.memory.advise(found, start, end, wanted));
+    const wrong = !isAdvice(wanted) && `advice ${wanted} is unknown, or would poison memory of the machine`;
+    const call: RangeCall = (found, start, end) => this.memory.advise(found, start, end, wanted);
+    return this.#range(mapping, offset, length, call, { wrong });
   }
 
   async madviseAsync(mapping: number, offset: U64, length: U64, advice: number): Promise<Result> {
@@ -74,31 +81,30 @@ export abstract class MappingCalls extends FileCalls {
   }
 
   mlock(mapping: number, offset: U64, length: U64): Result {
-    return this.#range(mapping, offset, length, (found, start, end) => this.memory.lock(found, start, end), Math.floor);
+    const call: RangeCall = (found, start, end) => this.memory.lock(found, start, end);
+    return this.#range(mapping, offset, length, call, { round: true });
   }
 
   munlock(mapping: number, offset: U64, length: U64): Result {
-    return this.#range(
-      mapping,
-      offset,
-      length,
-      (found, start, end) => {
-        found.locked.delete(start, end);
-        return 0;
-      },
-      Math.floor,
-    );
+    const call: RangeCall = (found, start, end) => {
+      found.locked.delete(start, end);
+      return 0;
+    };
+    return this.#range(mapping, offset, length, call, { round: true });
   }
 
   msync(mapping: number, offset: U64, length: U64, flags: number): Result {
     const wanted = i32('flags', flags);
-    if (wanted & ~7 || (wanted & MS_ASYNC && wanted & MS_SYNC))
-      return this.refuse('EINVAL', 'MS_ASYNC and MS_SYNC exclude each other');
-    return this.#range(mapping, offset, length, ({ file, gmem, shared }) => {
-      if (!(wanted & MS_SYNC) || !shared) return 0;
-      if (gmem) return -ERRNO.EINVAL;
-      return file instanceof MemoryFile ? file.sync() : 0;
-    });
+    const unknown = (wanted & ~7) !== 0 || (wanted & (MS_ASYNC | MS_SYNC)) === (MS_ASYNC | MS_SYNC);
+    const call: RangeCall = ({ file, gmem, shared, locked }, start, end) => {
+      const busy = (wanted & MS_INVALIDATE) !== 0 && locked.overlaps(start, end);
+      // From the start on: what comes before the locked pages is synced first.
+      if (busy && locked.get(start)) return -ERRNO.EBUSY;
+      if (wanted & MS_SYNC && shared && gmem) return -ERRNO.EINVAL;
+      if (busy) return -ERRNO.EBUSY;
+      return wanted & MS_SYNC && shared && file instanceof MemoryFile ? file.sync() : 0;
+    };
+    return this.#range(mapping, offset, length, call, { wrong: unknown && 'MS_ASYNC and MS_SYNC exclude each other' });
   }
 
   mbind(mapping: number, offset: U64, length: U64, policy: number, nodes: readonly number[]): Result {
@@ -109,7 +115,7 @@ export abstract class MappingCalls extends FileCalls {
   }
 
   getMempolicy(mapping: number, offset: U64): Result {
-    return this.#range(mapping, offset, 1, (found, start) => this.memory.policyAt(found, start), Math.floor);
+    return this.#range(mapping, offset, 1, (found, start) => this.memory.policyAt(found, start), { round: true });
   }
 
   mincore(mapping: number, offset: U64, length: U64, residency: Uint8Array): Result {
@@ -155,7 +161,8 @@ export abstract class MappingCalls extends FileCalls {
     const at = Number(u64('offset', offset));
     const plain = bytes('target', target);
     const found = this.memory.get(i32('mapping', mapping));
-    if (!found) return this.refuse('EFAULT', `there is no mapping ${mapping}`);
+    if (!found || at > found.pages * this.pageSize)
+      return this.refuse('EFAULT', `mapping ${mapping} does not reach there`);
     const reached = this.memory.touchable(plain);
     if (reached === 0 && plain.length > 0)
       return this.refuse('EFAULT', 'the buffer lies in memory that cannot be touched');
@@ -170,7 +177,8 @@ export abstract class MappingCalls extends FileCalls {
     const at = Number(u64('offset', offset));
     const plain = bytes('source', source);
     const found = this.memory.get(i32('mapping', mapping));
-    if (!found) return this.refuse('EFAULT', `there is no mapping ${mapping}`);
+    if (!found || at > found.pages * this.pageSize)
+      return this.refuse('EFAULT', `mapping ${mapping} does not reach there`);
     const reached = this.memory.touchable(plain);
     if (reached === 0 && plain.length > 0)
       return this.refuse('EFAULT', 'the buffer lies in memory that cannot be touched');
@@ -199,21 +207,25 @@ export abstract class MappingCalls extends FileCalls {
     return this.answer(this.memory.unmap(i32('mapping', mapping)));
   }
 
-  /** A range of pages of a mapping; arguments are checked as the kernel does for an address and a length. */
+  /**
+   * A range of pages of a mapping. That it lies in the mapping is for the boundary to see, before the kernel looks at the other arguments:
+   * first those of the call, then the alignment, then whether there is anything to do.
+   */
   #range(
     mapping: number,
     offset: U64,
     length: U64,
-    call: (mapping: Mapping, start: number, end: number) => Result,
-    round?: (pages: number) => number,
+    call: RangeCall,
+    { round = false, wrong = false }: { round?: boolean; wrong?: string | false } = {},
   ): Result {
     const [at, size] = [u64('offset', offset), u64('length', length)];
     const found = this.memory.get(i32('mapping', mapping));
-    if (!round && !isAligned(at, this.pageSize))
-      return this.refuse('EINVAL', `offset ${hex(at)} is not a multiple of ${this.pageSize}`);
     const start = Math.floor(Number(at) / this.pageSize);
     const end = Math.ceil((Number(at) + Number(size)) / this.pageSize);
     if (!found || end > found.pages) return this.refuse('ENOMEM', 'the range is not mapped');
+    if (wrong) return this.refuse('EINVAL', wrong);
+    if (!round && !isAligned(at, this.pageSize))
+      return this.refuse('EINVAL', `offset ${hex(at)} is not a multiple of ${this.pageSize}`);
     return start === end ? 0 : this.answer(call(found, start, end));
   }
 

@@ -9,11 +9,12 @@ import {
   SEEK_HOLE,
   SEEK_SET,
 } from '../../uapi.ts';
+import { F_SEAL_GUEST } from '../../uapi_proposed.ts';
 import type { Result } from '../kernel.ts';
-import { OpenFile } from '../state.ts';
+import { type GuestMemfdFile, OpenFile } from '../state.ts';
 import { PageStore } from './page_store.ts';
 
-const SEAL_SEAL = 1;
+export const SEAL_SEAL = 1;
 const SEAL_SHRINK = 2;
 const SEAL_GROW = 4;
 const ALL_SEALS = 0x3f;
@@ -28,6 +29,10 @@ export class MemoryFile extends OpenFile {
   seals: number;
   /** Shared mappings made with PROT_WRITE: F_SEAL_WRITE has to wait for them. */
   writableMappings = 0;
+  /** All mappings: F_SEAL_GUEST has to wait for them. */
+  mappings = 0;
+  /** What a VM sees of a file that is sealed for a guest, from the first memslot on. */
+  guest: GuestMemfdFile | null = null;
 
   constructor(pageSize: number, ino: bigint, options: { sealable?: boolean; mode?: number } = {}) {
     super('file');
@@ -42,6 +47,15 @@ export class MemoryFile extends OpenFile {
     return Math.ceil(this.size / this.store.pageSize);
   }
 
+  /** Nobody but a guest gets at its bytes, and its size is for ever. */
+  get isForGuest(): boolean {
+    return (this.seals & F_SEAL_GUEST) !== 0;
+  }
+
+  protected override released(): void {
+    this.guest?.drop();
+  }
+
   read(target: Uint8Array, offset: number): Result {
     const length = Math.max(0, Math.min(target.length, this.size - offset));
     this.store.read(offset, target.subarray(0, length));
@@ -49,6 +63,7 @@ export class MemoryFile extends OpenFile {
   }
 
   write(source: Uint8Array, offset: number): Result {
+    if (source.length === 0) return 0;
     if (this.seals & F_SEAL_WRITE) return -ERRNO.EPERM;
     const end = offset + source.length;
     if (end > this.size && this.seals & SEAL_GROW) return -ERRNO.EPERM;
@@ -60,7 +75,8 @@ export class MemoryFile extends OpenFile {
   truncate(size: number): Result {
     if (size < this.size && this.seals & SEAL_SHRINK) return -ERRNO.EPERM;
     if (size > this.size && this.seals & SEAL_GROW) return -ERRNO.EPERM;
-    if (size < this.size) this.#erase(size, this.size);
+    // Also the rest of the last page goes, not only its bytes.
+    if (size < this.size) this.#erase(size, this.pages * this.store.pageSize);
     this.size = size;
     return 0;
   }

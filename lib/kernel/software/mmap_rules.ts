@@ -15,6 +15,7 @@ import {
   PROT_EXEC,
   PROT_WRITE,
 } from '../../uapi.ts';
+import { MAP_GUEST_SHARED } from '../../uapi_proposed.ts';
 import { big, isAligned, isZero } from '../arguments.ts';
 import type { U64 } from '../kernel.ts';
 import type { Machine } from '../machine.ts';
@@ -32,9 +33,9 @@ export interface MmapRequest {
 }
 
 const MAX_FILE_SIZE = (1n << 63n) - 1n;
+const MAX_U64 = (1n << 64n) - 1n;
 /** LEGACY_MAP_MASK: what MAP_SHARED_VALIDATE lets pass on any file; MAP_SYNC is not in it. */
 const LEGACY_FLAGS = 0x7f9f3 | (21 << HUGE_SHIFT) | (30 << HUGE_SHIFT);
-const PAGE_NUMBERS = 1n << 64n;
 const anonymous = (r: MmapRequest): boolean => (r.flags & MAP_ANONYMOUS) !== 0;
 const roundUp = (length: U64, page: number): bigint =>
   ((big(length) + BigInt(page) - 1n) / BigInt(page)) * BigInt(page);
@@ -66,22 +67,18 @@ export const mmapRules: readonly Rule<Machine, MmapRequest>[] = [
     'mmap-length-wraps',
     ({ pageSize }, { length }) => roundUp(length, pageSize) >= 1n << 64n && `length ${hex(length)} wraps`,
   ),
-  rule('EOVERFLOW', 'mmap-end-wraps', ({ pageSize }, { length, offset }) => {
-    const pages = (big(offset) + roundUp(length, pageSize)) / BigInt(pageSize);
-    return pages >= PAGE_NUMBERS && 'the range wraps';
-  }),
   rule(
     'ENOMEM',
     'mmap-room',
-    ({ pageSize, taskSize }, { length }) =>
-      roundUp(length, pageSize) > taskSize && `no address space has ${hex(length)} bytes`,
+    ({ pageSize, mmapEnd }, { length }) =>
+      roundUp(length, pageSize) > mmapEnd && `no address space has ${hex(length)} bytes`,
   ),
   // 6–7
   rule('EOVERFLOW', 'mmap-file-end', ({ pageSize }, r) => {
+    // Only regular files have that size; for other kinds the limit is what 64 bits can say.
+    const limit = r.file?.kind === 'gmem' || r.file?.kind === 'file' ? MAX_FILE_SIZE : MAX_U64;
     return (
-      !anonymous(r) &&
-      big(r.offset) + roundUp(r.length, pageSize) > MAX_FILE_SIZE &&
-      'the range ends past the largest file'
+      !anonymous(r) && big(r.offset) + roundUp(r.length, pageSize) > limit && 'the range ends past the largest file'
     );
   }),
   rule('EINVAL', 'mmap-type', (_machine, r) => {
@@ -89,8 +86,9 @@ export const mmapRules: readonly Rule<Machine, MmapRequest>[] = [
     const known = type === MAP_SHARED || type === MAP_PRIVATE || (type === MAP_SHARED_VALIDATE && !anonymous(r));
     return !known && 'a mapping is MAP_SHARED or MAP_PRIVATE';
   }),
-  rule('EOPNOTSUPP', 'mmap-validate', (_machine, { flags }) => {
-    const unknown = (flags & MAP_TYPE) === MAP_SHARED_VALIDATE && (flags & ~LEGACY_FLAGS) !== 0;
+  rule('EOPNOTSUPP', 'mmap-validate', (machine, { flags, file }) => {
+    const special = machine.proposals.has('special-mapping') && file instanceof GuestMemfdFile ? MAP_GUEST_SHARED : 0;
+    const unknown = (flags & MAP_TYPE) === MAP_SHARED_VALIDATE && (flags & ~(LEGACY_FLAGS | special)) !== 0;
     return unknown && `the file does not support all of the flags ${hex(flags >>> 0)}`;
   }),
   rule('EPERM', 'memfd-sealed', (_machine, { file, flags, prot }) => {
@@ -99,12 +97,20 @@ export const mmapRules: readonly Rule<Machine, MmapRequest>[] = [
       writes && file instanceof MemoryFile && (file.seals & F_SEAL_WRITE) !== 0 && 'the file is sealed against writing'
     );
   }),
+  rule('EPERM', 'guest-sealed', (_machine, { file }) => {
+    return file instanceof MemoryFile && file.isForGuest && 'the file is sealed for a guest and cannot be mapped';
+  }),
   // 8–11
+  // Files that lie on no disk are on file systems mounted noexec, those that cannot be mapped at all too.
+  rule('EPERM', 'noexec', (_machine, { prot, file }) => {
+    const plain = !file || file.kind === 'file' || file.kind === 'kvm';
+    return !plain && (prot & PROT_EXEC) !== 0 && 'this kind of file cannot be mapped executable';
+  }),
   rule(
-    'EPERM',
-    'gmem-exec',
-    (_machine, { prot, file }) =>
-      file instanceof GuestMemfdFile && (prot & PROT_EXEC) !== 0 && 'a guest_memfd cannot be mapped executable',
+    'ENODEV',
+    'not-mappable',
+    (_machine, r) =>
+      !anonymous(r) && r.file?.kind !== 'gmem' && r.file?.kind !== 'file' && 'this kind of file cannot be mapped',
   ),
   rule(
     'EINVAL',
@@ -113,12 +119,6 @@ export const mmapRules: readonly Rule<Machine, MmapRequest>[] = [
       (!anonymous(r) || (r.flags & MAP_TYPE) !== MAP_PRIVATE) &&
       (r.flags & MAP_GROWSDOWN) !== 0 &&
       'only private anonymous memory can be MAP_GROWSDOWN',
-  ),
-  rule(
-    'ENODEV',
-    'not-mappable',
-    (_machine, r) =>
-      !anonymous(r) && r.file?.kind !== 'gmem' && r.file?.kind !== 'file' && 'this kind of file cannot be mapped',
   ),
   rule('ENODEV', 'gmem-not-mappable', (_machine, { file }) => {
     return (

@@ -42,10 +42,15 @@ export class PageStore {
   readonly #untouched = new RangeMap<true>();
   readonly #pages = new Map<number, Uint8Array>();
   readonly #extents: Extent[] = [];
-  /** Pages that someone may write to without our knowing. */
-  readonly #windowed = new RangeMap<true>();
+  /** Pages that someone may write to without our knowing. The value says whether the view counts as a use of them. */
+  readonly #windowed = new RangeMap<boolean>();
 
   readonly #size: () => number;
+  /** Who is told of pages that are about to go. */
+  readonly watchers = new Set<(startPage: number, endPage: number) => void>();
+  /** What else comes to be when pages do: asked before each time. */
+  grow: ((startPage: number, endPage: number) => Iterable<{ readonly start: number; readonly end: number }>) | null =
+    null;
   #zeroPage: Uint8Array | null = null;
 
   /** @param size Bytes of what is stored, which may change: a window's buffer need not be larger. */
@@ -56,27 +61,33 @@ export class PageStore {
 
   /** Makes pages exist, as fallocate(2) does; content that is there stays. */
   allocate(startPage: number, endPage: number): void {
-    for (const { start, end } of this.#present.gaps(startPage, endPage)) this.#untouched.set(start, end, true);
-    this.#present.set(startPage, endPage, true);
+    this.#grow(startPage, endPage);
+    this.#add(startPage, endPage);
   }
 
   /** Makes pages exist because something touches them. */
   touch(startPage: number, endPage: number): void {
+    this.#grow(startPage, endPage);
     this.#present.set(startPage, endPage, true);
     this.#untouched.delete(startPage, endPage);
   }
 
   /** Gives pages back: they read as zeros when they exist again. */
   discard(startPage: number, endPage: number): void {
+    for (const watcher of [...this.watchers]) watcher(startPage, endPage);
+    this.clear(startPage, endPage);
+    this.#present.delete(startPage, endPage);
+    this.#untouched.delete(startPage, endPage);
+  }
+
+  /** Zeroes whole pages, and leaves them where they are. */
+  clear(startPage: number, endPage: number): void {
     this.#noticeWrites(startPage, endPage);
     for (const extent of this.#extents) {
       const start = Math.max(startPage * this.pageSize, extent.start);
-      const end = Math.min(endPage * this.pageSize, extent.end);
-      this.#zero(extent, start, end);
+      this.#zero(extent, start, Math.min(endPage * this.pageSize, extent.end));
     }
     if (this.#pages.size > 0) this.#forget(startPage, endPage);
-    this.#present.delete(startPage, endPage);
-    this.#untouched.delete(startPage, endPage);
   }
 
   /** Zeroes bytes inside pages that exist, as a hole smaller than a page does. */
@@ -91,6 +102,11 @@ export class PageStore {
         this.#bytesAt(from, to)?.fill(0);
       }
     }
+  }
+
+  /** The pages that exist, live, as far as calls have said so. */
+  get pages(): Pick<RangeMap<true>, 'within' | 'gaps'> {
+    return this.#present;
   }
 
   residentPages(startPage: number, endPage: number): number {
@@ -117,6 +133,13 @@ export class PageStore {
     return this.#present.within(startPage, endPage);
   }
 
+  /** The first page that exists and holds something, if only zeros: not one that was allocated and left alone. */
+  firstTouched(startPage: number, endPage: number): number | undefined {
+    for (const { start, end } of this.presentWithin(startPage, endPage))
+      for (const touched of this.#untouched.gaps(start, end)) return touched.start;
+    return undefined;
+  }
+
   read(offset: number, target: Uint8Array): void {
     this.#pieces(offset, target.length, (at, position, length) => {
       const source = this.#bytesAt(at, at + length);
@@ -140,8 +163,8 @@ export class PageStore {
     });
   }
 
-  /** A live view, or null where its bytes are in two windows already that cannot be one. */
-  window(offset: number, length: number): Uint8Array | null {
+  /** A live view, or null where its bytes are in two windows already that cannot be one. @param holds Whether it counts as a use of its pages. */
+  window(offset: number, length: number, holds = true): Uint8Array | null {
     const end = offset + length;
     let extent = this.#extents.find((one) => one.start <= offset && end <= one.end);
     if (!extent) {
@@ -151,7 +174,9 @@ export class PageStore {
       if (this.#extents.some((one) => one.start < wanted.end && wanted.start < one.end)) return null;
       extent = this.#materialize(wanted.start, wanted.end);
     }
-    this.#windowed.set(Math.floor(offset / this.pageSize), Math.ceil(end / this.pageSize), true);
+    const [first, last] = [Math.floor(offset / this.pageSize), Math.ceil(end / this.pageSize)];
+    for (const gap of holds ? [{ start: first, end: last }] : [...this.#windowed.gaps(first, last)])
+      this.#windowed.set(gap.start, gap.end, holds);
     return new Uint8Array(extent.buffer, offset - extent.start, length);
   }
 
@@ -159,9 +184,37 @@ export class PageStore {
   detach(offset: number, length: number): void {
     for (const extent of this.#extents) {
       if (extent.start < offset + length && offset < extent.end) {
+        const [start, end] = [Math.floor(extent.start / this.pageSize), Math.ceil(extent.end / this.pageSize)];
+        this.#noticeWrites(start, end);
+        this.#windowed.delete(start, end);
         extent.detach();
       }
     }
+  }
+
+  /** The first page that exists and that a live view reaches: it may have been touched, although no call said so. */
+  firstHeld(startPage: number, endPage: number): number | undefined {
+    for (const window of this.#windowed.within(startPage, endPage)) {
+      if (!window.value) continue;
+      for (const { start } of this.presentWithin(window.start, window.end)) return start;
+    }
+    return undefined;
+  }
+
+  /** Detaches the windows that reach any of these pages. */
+  detachWindowed(startPage: number, endPage: number): void {
+    for (const { start, end } of [...this.#windowed.within(startPage, endPage)])
+      this.detach(start * this.pageSize, (end - start) * this.pageSize);
+  }
+
+  #grow(startPage: number, endPage: number): void {
+    if (!this.grow || this.#present.covers(startPage, endPage)) return;
+    for (const { start, end } of this.grow(startPage, endPage)) this.#add(start, end);
+  }
+
+  #add(startPage: number, endPage: number): void {
+    for (const { start, end } of this.#present.gaps(startPage, endPage)) this.#untouched.set(start, end, true);
+    this.#present.set(startPage, endPage, true);
   }
 
   #materialize(start: number, end: number): Extent {

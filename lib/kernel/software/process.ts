@@ -1,5 +1,6 @@
 import type { Arch, ModelOptions } from '../../model_options.ts';
 import { ERRNO, type ErrnoName } from '../../uapi.ts';
+import { i32, u64 } from '../arguments.ts';
 import type { Result } from '../kernel.ts';
 import { Machine } from '../machine.ts';
 import { check, type Rule, type Violation } from '../rules/rule.ts';
@@ -44,6 +45,40 @@ export abstract class SoftwareProcess {
   explain(): string | null {
     const violation = this.#violation;
     return typeof violation === 'string' ? violation : (violation?.sentence ?? null);
+  }
+
+  /** The name of the rule that the latest call broke. */
+  protected get brokenRule(): string | null {
+    return typeof this.#violation === 'string' ? null : (this.#violation?.rule ?? null);
+  }
+
+  // ── threads
+
+  shareFile(fd: number): Result {
+    return this.files.get(i32('fd', fd)) ? this.#oneThread() : this.badFd(fd);
+  }
+
+  takeFile(share: number): Result {
+    u64('share', share);
+    return this.#oneThread();
+  }
+
+  isShared(share: number): boolean {
+    u64('share', share);
+    return false;
+  }
+
+  shareMapping(mapping: number): Result {
+    i32('mapping', mapping);
+    return this.#oneThread();
+  }
+
+  takeMapping(share: number): Result {
+    return this.takeFile(share);
+  }
+
+  #oneThread(): Result {
+    return this.refuse('EOPNOTSUPP', 'a software kernel and all that it has live on the thread that made it');
   }
 
   /** The file behind an fd that operations may use: an O_PATH fd only names one. */

@@ -1,7 +1,11 @@
 import { RangeMap } from '../../ranges.ts';
-import { ERRNO, GUEST_MEMFD_FLAG_INIT_SHARED } from '../../uapi.ts';
+import { ERRNO } from '../../uapi.ts';
+import { GUEST_MEMFD_FLAG_WRITE } from '../../uapi_proposed.ts';
 import type { Result, U64 } from '../kernel.ts';
-import { GuestMemfdFile, OpenFile, type VmFile } from '../state.ts';
+import { GuestMemfdFile, type Obstacle, OpenFile, type SplitProblem, type VmFile } from '../state.ts';
+import { Folios } from './folios.ts';
+import { GuestMemfdIo } from './guest_memfd_io.ts';
+import { PageReferences } from './page_references.ts';
 import { PageStore } from './page_store.ts';
 
 /** The guest_memfd of the software kernel: the state every kernel keeps, and the bytes. */
@@ -10,19 +14,76 @@ export class SoftwareGuestMemfd extends GuestMemfdFile {
   readonly store: PageStore;
   /** NUMA policy by page of the file, since 6.19. */
   readonly policy = new RangeMap<number>();
+  readonly references = new PageReferences();
 
-  constructor(vm: VmFile, size: U64, flags: number, ino: bigint) {
+  /** null: the bytes cannot be read or written as those of a file. */
+  readonly io: GuestMemfdIo | null;
+  /** null: every page is a folio by itself. */
+  readonly folios: Folios | null;
+  /** No memory is left for splitting folios. */
+  splitsFail = false;
+
+  /** @param folioSize Bytes of the largest folios; null for single pages. @param store Bytes that are there already. */
+  constructor(
+    vm: VmFile,
+    size: U64,
+    flags: number,
+    ino: bigint,
+    folioSize: number | null = null,
+    store = new PageStore(vm.machine.pageSize, () => Number(size)),
+  ) {
     super(vm, size, flags);
+    const { pageSize } = vm.machine;
     this.ino = ino;
-    this.store = new PageStore(vm.machine.pageSize, () => Number(size));
+    this.store = store;
+    this.io = flags & GUEST_MEMFD_FLAG_WRITE ? new GuestMemfdIo(this) : null;
+    const folios = folioSize === null ? null : new Folios(folioSize, pageSize, this.store.pages, this.privatePages);
+    this.folios = folios;
+    if (folios) this.store.grow = (start, end) => folios.allocate(start, end);
   }
 
-  get pages(): number {
-    return Number(this.size) / this.store.pageSize;
+  /** Gives pages back to the host, as PUNCH_HOLE and MADV_REMOVE do: all or, where a folio cannot be split, none. They stay private or shared. */
+  punch(start: number, end: number): Result {
+    const problem = this.splitProblem(start, end);
+    if (problem) return -ERRNO[problem.errno];
+    this.folios?.split(start, end);
+    this.folios?.remove(start, end);
+    this.references.forget(start, end);
+    this.store.discard(start, end);
+    return 0;
   }
 
-  get initShared(): boolean {
-    return (this.flags & GUEST_MEMFD_FLAG_INIT_SHARED) !== 0;
+  override obstacle(start: number, end: number): Obstacle | null {
+    const { folios, references, store } = this;
+    if (!folios) return references.first(start, end, store.firstHeld(start, end));
+    const around = folios.around(start, end);
+    const found = references.first(around.start, around.end, store.firstHeld(around.start, around.end));
+    if (!found) return null;
+    const folio = folios.at(found.page);
+    if (folio.end - folio.start === 1) return found;
+    return {
+      page: Math.max(start, folio.start),
+      kind: found.kind,
+      sentence: `is in a large folio, of which a page ${found.sentence}`,
+    };
+  }
+
+  override splitProblem(start: number, end: number): SplitProblem | null {
+    for (const folio of this.folios?.cutBy(start, end) ?? []) {
+      if (this.references.firstPinned(folio.start, folio.end) !== undefined)
+        return { errno: 'EAGAIN', sentence: 'the range is a part of a large folio that is pinned and cannot be split' };
+      if (this.splitsFail)
+        return { errno: 'ENOMEM', sentence: 'the range is a part of a large folio, and no memory is left to split it' };
+    }
+    return null;
+  }
+
+  override applyConversion(start: number, end: number, toPrivate: boolean): void {
+    // What a window shows of pages that do not exist yet must not show what the guest will put there.
+    if (toPrivate) this.store.detachWindowed(start, end);
+    for (const part of [...this.changing(start, end, toPrivate)]) this.folios?.split(part.start, part.end);
+    super.applyConversion(start, end, toPrivate);
+    this.folios?.merge(start, end, this.references.pinned());
   }
 
   protected override released(): void {

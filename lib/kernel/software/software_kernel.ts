@@ -20,21 +20,22 @@ import {
   KVM_SET_USER_MEMORY_REGION,
   KVM_SET_USER_MEMORY_REGION2,
 } from '../../uapi.ts';
+import { KVM_CAP_PROPOSED, KVM_SET_MEMORY_ATTRIBUTES2 } from '../../uapi_proposed.ts';
 import { bytes, i32, isZero, low32, text, u32, u64 } from '../arguments.ts';
 import type { Kernel, MemoryAttributesArgs, Result, U64, UserMemoryRegion, UserMemoryRegion2 } from '../kernel.ts';
 import { checkExtension } from '../machine.ts';
 import { clearDirtyLogRules, getDirtyLogRules } from '../rules/dirty_log.ts';
-import { createGuestMemfdRules } from '../rules/guest_memfd.ts';
+import { createGuestMemfdRules, folioSize } from '../rules/guest_memfd.ts';
 import { memoryAttributesRules } from '../rules/memory_attributes.ts';
 import { isSameRegion, memslotRules, regionRequest } from '../rules/memslot.ts';
 import { applyEnableCap, createVmRules, enableCapRules, vmType } from '../rules/vm.ts';
 import { OpenFile, VmFile } from '../state.ts';
+import { GrantCalls } from './grant_calls.ts';
 import { SoftwareGuestMemfd } from './software_files.ts';
 import { SoftwareVcpu } from './vcpu.ts';
-import { VcpuCalls } from './vcpu_calls.ts';
 
 /** A kernel in TypeScript: the whole of the contract that needs no vCPU, as one process sees it. */
-export class SoftwareKernel extends VcpuCalls implements Kernel {
+export class SoftwareKernel extends GrantCalls implements Kernel {
   /** VMs this process created, whose ioctls it may therefore call. Contract §2.1. */
   readonly #ownVms: WeakSet<VmFile> = new WeakSet();
 
@@ -49,6 +50,10 @@ export class SoftwareKernel extends VcpuCalls implements Kernel {
 
   privateGfns(vm: number): ReadonlyRangeMap<true> | undefined {
     return this.files.vm(vm)?.attributes;
+  }
+
+  privatePages(fd: number): ReadonlyRangeMap<true> | undefined {
+    return this.files.gmem(fd)?.privatePages;
   }
 
   // ── any fd
@@ -68,6 +73,12 @@ export class SoftwareKernel extends VcpuCalls implements Kernel {
       return this.refuse('EINVAL', `/dev/kvm has no request ${hex(number)}`);
     }
     if (file instanceof SoftwareVcpu) return this.vcpuIoctl(fd, number);
+    if (
+      number === KVM_SET_MEMORY_ATTRIBUTES2 &&
+      file.kind === 'gmem' &&
+      this.machine.proposals.has('in-place-conversion')
+    )
+      return this.refuse('EFAULT', 'the argument is not a readable address');
     if (!(file instanceof VmFile)) return this.refuse('ENOTTY', 'this kind of file has no ioctls');
     const refused = this.vm(fd);
     if (typeof refused === 'number') return refused;
@@ -132,7 +143,10 @@ export class SoftwareKernel extends VcpuCalls implements Kernel {
     if (typeof owner === 'number') return owner;
     return (
       this.check(createGuestMemfdRules, owner, request) ??
-      this.install(() => new SoftwareGuestMemfd(owner, request.size, low32(request.flags), this.newIno()))
+      this.install(() => {
+        const folios = folioSize(request.flags) ?? null;
+        return new SoftwareGuestMemfd(owner, request.size, low32(request.flags), this.newIno(), folios);
+      })
     );
   }
 
@@ -169,6 +183,8 @@ export class SoftwareKernel extends VcpuCalls implements Kernel {
     const request = { cap: u32('cap', args.cap), flags: u32('flags', args.flags), args: [a0, a1, a2, a3] as const };
     const vm = this.vm(fd);
     if (typeof vm === 'number') return vm;
+    if (request.cap === KVM_CAP_PROPOSED.GRANT_RING && this.machine.proposals.has('grant-ring'))
+      return this.enableGrantRing(vm, request);
     const refused = this.check(enableCapRules, vm, request);
     if (refused !== null) return refused;
     applyEnableCap(vm, request);
@@ -224,12 +240,16 @@ export class SoftwareKernel extends VcpuCalls implements Kernel {
   }
 
   #setRegion(vm: number, region: UserMemoryRegion, guestMemfdOffset: U64, guestMemfd: number, v1: boolean): Result {
-    const request = regionRequest(region, guestMemfdOffset, guestMemfd, v1, (fd) => this.file(fd));
+    const asked = regionRequest(region, guestMemfdOffset, guestMemfd, v1, (fd) => this.file(fd));
     const owner = this.vm(vm);
     if (typeof owner === 'number') return owner;
+    const request = { ...asked, file: this.asGuestFile(asked.file, owner) };
     const refused = this.check(memslotRules, owner, request);
     if (refused !== null) return refused;
-    if (!isSameRegion(owner, request)) owner.applyRegion(request);
+    if (!isSameRegion(owner, request)) {
+      owner.applyRegion(request);
+      this.keepGuestFile(asked.file, request);
+    }
     return 0;
   }
 
@@ -239,6 +259,7 @@ export class SoftwareKernel extends VcpuCalls implements Kernel {
     if (file.kind === 'kvm') return null;
     if (file instanceof VmFile && !this.#ownVms.has(file))
       return this.refuse('EIO', 'the VM belongs to another process');
+    if (file instanceof SoftwareVcpu) return this.#notForVcpus(file);
     return file.kind === 'vm' ? this.#unknownVmRequest(0) : this.refuse('ENOTTY', 'not /dev/kvm');
   }
 
@@ -248,6 +269,7 @@ export class SoftwareKernel extends VcpuCalls implements Kernel {
     if (!file) return this.badFd(fd);
     if (file instanceof VmFile)
       return this.#ownVms.has(file) ? file : this.refuse('EIO', 'the VM belongs to another process');
+    if (file instanceof SoftwareVcpu) return this.#notForVcpus(file);
     return file.kind === 'kvm'
       ? this.refuse('EINVAL', '/dev/kvm has no such request: it is one of VM fds')
       : this.refuse('ENOTTY', 'not a VM fd');
@@ -255,6 +277,12 @@ export class SoftwareKernel extends VcpuCalls implements Kernel {
 
   protected override isOwn(vm: VmFile): boolean {
     return this.#ownVms.has(vm);
+  }
+
+  #notForVcpus({ vm }: SoftwareVcpu): Result {
+    return this.isOwn(vm)
+      ? this.refuse('EINVAL', 'vCPU fds have no such request')
+      : this.refuse('EIO', 'the VM belongs to another process');
   }
 
   #unknownVmRequest(request: number): Result {

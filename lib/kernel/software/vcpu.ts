@@ -18,7 +18,7 @@ export class SoftwareVcpu extends OpenFile {
   readonly vm: VmFile;
   readonly id: number;
   /** kvm_run and the pages behind it. */
-  readonly page: Uint8Array;
+  readonly page: Uint8Array<ArrayBuffer>;
   /** By request number of the ioctl that reads them: KVM_GET_REGS, KVM_GET_SREGS, … */
   readonly structs = new Map<number, Uint8Array>();
   readonly msrs = new Map<number, bigint>();
@@ -30,6 +30,8 @@ export class SoftwareVcpu extends OpenFile {
   /** A kick that no run has seen yet. */
   kicked = false;
   running = false;
+  /** The deadline ended the latest run that did not end with an exit. */
+  deadlinePassed = false;
   /** The last exit, when the guest waits for the host's answer to it. */
   pending: Stop | null = null;
   /** The answer, from when a run took it until the guest goes on with it. */
@@ -49,6 +51,9 @@ export class SoftwareVcpu extends OpenFile {
 
   protected override released(): void {
     this.vm.drop();
+    // As the real page is unmapped: whoever still has it sees nothing any more.
+    const { buffer } = this.page;
+    structuredClone(buffer, { transfer: [buffer] });
   }
 
   /** Writes an exit into kvm_run. @returns what KVM_RUN returns. Contract §13.1, §13.2. */

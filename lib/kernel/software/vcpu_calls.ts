@@ -2,14 +2,15 @@ import { hex } from '../../format.ts';
 import { ERRNO, KVM_RUN } from '../../uapi.ts';
 import { bytes, i32, isAligned, isZero, toPages, u32, u64, wraps } from '../arguments.ts';
 import type { DeviceAttr, Result, U64 } from '../kernel.ts';
-import type { VmFile } from '../state.ts';
-import type { ExecutorFactory } from './executor.ts';
+import { VmFile } from '../state.ts';
+import type { ExecutorFactory, GuestBus } from './executor.ts';
 import { SoftwareBus } from './guest_bus.ts';
 import { MappingCalls } from './mapping_calls.ts';
 import { SoftwareVcpu } from './vcpu.ts';
 import { resetStructs, variableSize, vcpuStructs } from './vcpu_state.ts';
 
-const MAX_VCPU_ID = 4096;
+/** arm64: as many as a GICv3 serves. */
+const MAX_VCPU_ID = { x86_64: 4096, aarch64: 512 };
 const KVM_ARM_VCPU_INIT = 0x4020aeae;
 const KVM_ARM_PREFERRED_TARGET = 0x8020aeaf;
 const KVM_ARM_TARGET_GENERIC_V8 = 5;
@@ -27,7 +28,8 @@ export abstract class VcpuCalls extends MappingCalls {
     const number = u32('id', id);
     const owner = this.vm(vm);
     if (typeof owner === 'number') return owner;
-    if (number >= MAX_VCPU_ID) return this.refuse('EINVAL', `a vCPU id is below ${MAX_VCPU_ID}, not ${number}`);
+    const limit = MAX_VCPU_ID[this.arch];
+    if (number >= limit) return this.refuse('EINVAL', `a vCPU id is below ${limit}, not ${number}`);
     if (owner.vcpuIds.has(number)) return this.refuse('EEXIST', `the VM has a vCPU ${number} already`);
     return this.install(() => {
       const vcpu = new SoftwareVcpu(owner, number, this.machine.isArm ? 2 : 3);
@@ -66,6 +68,7 @@ export abstract class VcpuCalls extends MappingCalls {
     // An answered exit is completed even when the run ends at once. Contract §13.1.
     if (cpu.kicked || cpu.immediateExit) {
       cpu.kicked = false;
+      cpu.deadlinePassed = false;
       return this.refuse('EINTR', 'the vCPU was kicked');
     }
     const { answer } = cpu;
@@ -81,7 +84,11 @@ export abstract class VcpuCalls extends MappingCalls {
       const result = cpu.exit(
         cpu.executor.run(cpu, bus, answer, () => cpu.kicked || cpu.immediateExit || performance.now() >= end),
       );
-      cpu.kicked &&= result !== -ERRNO.EINTR;
+      this.exited(cpu.vm, bus);
+      if (result === -ERRNO.EINTR) {
+        cpu.deadlinePassed = !cpu.kicked && !cpu.immediateExit;
+        cpu.kicked = false;
+      }
       return this.answer(result);
     } finally {
       cpu.running = false;
@@ -90,6 +97,11 @@ export abstract class VcpuCalls extends MappingCalls {
 
   async runAsync(vcpu: number, deadline: number): Promise<Result> {
     return this.run(vcpu, deadline);
+  }
+
+  deadlinePassed(vcpu: number): boolean {
+    const cpu = this.#vcpu(vcpu);
+    return typeof cpu !== 'number' && cpu.deadlinePassed;
   }
 
   kick(vcpu: number): Result {
@@ -102,7 +114,7 @@ export abstract class VcpuCalls extends MappingCalls {
   /** Contract §14. */
   preFaultMemory(vcpu: number, args: { gpa: bigint; size: bigint; flags: U64 }): Result {
     const request = { gpa: u64('gpa', args.gpa), size: u64('size', args.size), flags: u64('flags', args.flags) };
-    const cpu = this.#vcpu(vcpu);
+    const cpu = this.#vcpu(vcpu, true);
     if (typeof cpu === 'number') return cpu;
     const { machine } = this;
     if (machine.isArm || !machine.since('6.11'))
@@ -240,12 +252,25 @@ export abstract class VcpuCalls extends MappingCalls {
 
   protected abstract vm(fd: number): VmFile | Result;
 
-  #vcpu(fd: number): SoftwareVcpu | Result {
+  #vcpu(fd: number, ioctl = false): SoftwareVcpu | Result {
     const file = this.file(i32('vcpu', fd));
     if (!file) return this.badFd(fd);
+    // Contract §2.2: what a fd of another kind says to a request it does not know.
+    if (ioctl && file.kind === 'kvm')
+      return this.refuse('EINVAL', '/dev/kvm has no such request: it is one of vCPU fds');
+    if (ioctl && file instanceof VmFile) {
+      if (!this.isOwn(file)) return this.refuse('EIO', 'the VM belongs to another process');
+      return this.refuse(
+        this.machine.isArm ? 'EINVAL' : 'ENOTTY',
+        'VM fds have no such request: it is one of vCPU fds',
+      );
+    }
     if (!(file instanceof SoftwareVcpu)) return this.refuse('ENOTTY', `fd ${fd} is not a vCPU`);
     return this.isOwn(file.vm) ? file : this.refuse('EIO', 'the VM belongs to another process');
   }
 
   protected abstract isOwn(vm: VmFile): boolean;
+
+  /** A guest has come back to the host. */
+  protected exited(_vm: VmFile, _bus: GuestBus): void {}
 }

@@ -16,6 +16,7 @@
         'native/interrupt.cc',
         'native/job.cc',
         'native/mapping.cc',
+        'native/share.cc',
         'native/struct.cc',
         'native/system.cc',
         'native/unicorn.cc',

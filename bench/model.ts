@@ -59,7 +59,7 @@ function fragmented(): Result[] {
   const built = (performance.now() - build) / 1000;
   const gfns = kernel.privateGfns(vm);
   if (gfns?.size !== MILLION) throw new Error('there must be a million ranges');
-  const attributes = new MemoryAttributes(internal, gfns, PAGE);
+  const attributes = new MemoryAttributes(internal, () => gfns, PAGE);
 
   const whole = { address: 0, size: SPACE };
   const state = (calls: number): void => {

@@ -1,5 +1,5 @@
 // What an exit of a vCPU costs, against the same guest run by a C loop, and how fast the agent is.
-import { GuestAgent, KiB, Kvm, MiB, type Vcpu, type Vm } from '../lib/index.ts';
+import { type Exit, GuestAgent, KiB, Kvm, MiB, type Vcpu, VcpuWorker, type Vm } from '../lib/index.ts';
 import { nanoseconds, type Result, type Round, sideBySide, timed } from './measure.ts';
 import { NO_COMPILER, Reference } from './reference.ts';
 
@@ -38,6 +38,7 @@ async function benchExits(): Promise<Result[]> {
   using kvm = Kvm.open({ backend: 'kvm' });
   if (kvm.arch !== 'x86_64') return [{ name: 'port I/O', skipped: `${kvm.arch} has none` }];
   const [below, vcpu, alone] = [1, 2, 3].map(() => portLoop(kvm.createVm())) as [Vcpu, Vcpu, Vcpu];
+  const far = await VcpuWorker.start(guestVm(kvm.createVm()), { registers });
   const { kernel, fd } = below.handle;
   const reference = Reference.start('vcpu');
   if (!reference) return [{ name: 'port I/O', skipped: NO_COMPILER }];
@@ -51,10 +52,11 @@ async function benchExits(): Promise<Result[]> {
     () => reference.time('port-io', EXITS),
     () => timed(boundary, EXITS),
     () => timed(objects, EXITS),
-    () => roundTrips(alone, TRIPS),
+    () => roundTrips(() => alone.runAsync(), TRIPS),
+    () => roundTrips(() => far.next(), TRIPS),
   ];
-  const [c, low, high, trip] = await sideBySide(contestants, ROUNDS).finally(() => reference.close());
-  if (!c || !low || !high || !trip) return [];
+  const [c, low, high, trip, hand] = await sideBySide(contestants, ROUNDS).finally(() => reference.close());
+  if (!c || !low || !high || !trip || !hand) return [];
   const against = ({ time, ratio }: { time: number; ratio: number }) => ({
     value: 1 / ratio,
     unit: '× C',
@@ -65,12 +67,14 @@ async function benchExits(): Promise<Result[]> {
   return [
     { name: 'exits of port I/O, boundary', ...against(low) },
     { name: 'exits of port I/O, vcpu.run()', ...against(high) },
-    {
-      name: 'vcpu.runAsync(), there and back',
-      value: trip.time / 1000,
-      unit: 'µs',
-      detail: `${perSecond(trip.time)}/s, ${(trip.time / high.time).toFixed(1)} × run()`,
-    },
+    ...Object.entries({ 'vcpu.runAsync(), there and back': trip, 'VcpuWorker.next(), there and back': hand }).map(
+      ([name, { time }]) => ({
+        name,
+        value: time / 1000,
+        unit: 'µs',
+        detail: `${perSecond(time)}/s, ${(time / high.time).toFixed(1)} × run()`,
+      }),
+    ),
   ];
 }
 
@@ -98,19 +102,25 @@ async function benchAgent(backend: 'kvm' | 'software'): Promise<Result[]> {
   });
 }
 
+const registers = { rip: BigInt(ENTRY), rflags: 2n, 'cs.base': 0n, 'cs.selector': 0n };
+
 /** In real mode, for ever: out 0x80, al. */
-function portLoop(vm: Vm): Vcpu {
+function guestVm(vm: Vm): Vm {
   vm.createMemslot({ address: 0, size: MiB, hostMemory: vm.kvm.createHostMemory({ size: MiB }) });
   vm.memory.write(ENTRY, Uint8Array.of(0xe6, 0x80, 0xeb, 0xfc));
-  const vcpu = vm.createVcpu();
-  vcpu.setRegisters({ rip: BigInt(ENTRY), rflags: 2n, 'cs.base': 0n, 'cs.selector': 0n });
+  return vm;
+}
+
+function portLoop(vm: Vm): Vcpu {
+  const vcpu = guestVm(vm).createVcpu();
+  vcpu.setRegisters(registers);
   return vcpu;
 }
 
 /** Nanoseconds of one. */
-async function roundTrips(vcpu: Vcpu, count: number): Promise<number> {
+async function roundTrips(exit: () => Promise<Exit>, count: number): Promise<number> {
   const start = process.hrtime.bigint();
-  for (let i = 0; i < count; i++) assertPort((await vcpu.runAsync()).reason);
+  for (let i = 0; i < count; i++) assertPort((await exit()).reason);
   return Number(process.hrtime.bigint() - start) / count;
 }
 

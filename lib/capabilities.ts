@@ -1,5 +1,6 @@
 import type { Kernel } from './kernel/kernel.ts';
 import { GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CAP, KVM_MEMORY_ATTRIBUTE_PRIVATE } from './uapi.ts';
+import { SET_MEMORY_ATTRIBUTES2_PRESERVE, SET_MEMORY_ATTRIBUTES2_ZERO } from './uapi_proposed.ts';
 
 /** What a VM can do, asked of the VM fd and never inferred from a version. */
 export interface VmCapabilities {
@@ -13,6 +14,8 @@ export interface VmCapabilities {
   readonly memoryAttributes: bigint;
   /** How convert() works here: with the VM's attribute over a pair of memories, in place on the file, or not at all. */
   readonly conversion: 'none' | 'attributes' | 'in-place';
+  /** What conversion in place can be told about content, as flags: 1 zero, 2 preserve. */
+  readonly conversionContent: bigint;
   /** KVM_PRE_FAULT_MEMORY, Linux 6.11. */
   readonly preFaultMemory: boolean;
   /** The guest's MAP_GPA_RANGE hypercall can exit. x86_64, Linux 5.14. */
@@ -26,17 +29,42 @@ export interface VmCapabilities {
   readonly evidence: Readonly<Record<string, 'probed' | 'reported' | 'modelled'>>;
 }
 
+/**
+ * What KVM_SET_MEMORY_ATTRIBUTES2 does here, found by converting a page of a file of its own: numbers of capabilities that are proposed mean
+ * other things on other kernels. null: there was nothing to try it on.
+ */
+function probeConversion(kernel: Kernel, vm: number, flags: number): { works: boolean; content: number } | null {
+  if (!(flags & GUEST_MEMFD_FLAG_MMAP)) return null;
+  const { pageSize: size } = kernel;
+  const scratch = kernel.createGuestMemfd(vm, {
+    size,
+    flags: flags & (GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED),
+  });
+  if (scratch < 0) return null;
+  const attributes = KVM_MEMORY_ATTRIBUTE_PRIVATE;
+  const convert = (mode: number) =>
+    kernel.setMemoryAttributes2(scratch, { offset: 0, size, attributes, flags: mode }) === 0;
+  const works = convert(0);
+  const modes = works ? [SET_MEMORY_ATTRIBUTES2_ZERO, SET_MEMORY_ATTRIBUTES2_PRESERVE].filter(convert) : [];
+  kernel.close(scratch);
+  return { works, content: modes.reduce((all, mode) => all | mode, 0) };
+}
+
 export function vmCapabilities(kernel: Kernel, vm: number): VmCapabilities {
   const ask = (capability: number): number => Math.max(0, kernel.checkExtension(vm, capability));
   const guestMemfd = ask(KVM_CAP.GUEST_MEMFD) > 0;
   const flags = ask(KVM_CAP.GUEST_MEMFD_FLAGS);
   const attributes = ask(KVM_CAP.MEMORY_ATTRIBUTES);
+  const inPlace = guestMemfd ? probeConversion(kernel, vm, flags) : null;
+  const byAttributes = guestMemfd && (attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE) !== 0;
+  const conversion = inPlace?.works ? 'in-place' : byAttributes ? 'attributes' : 'none';
   const answers = {
     guestMemfd,
     guestMemfdMmap: (flags & GUEST_MEMFD_FLAG_MMAP) !== 0,
     guestMemfdInitShared: (flags & GUEST_MEMFD_FLAG_INIT_SHARED) !== 0,
     memoryAttributes: BigInt(attributes),
-    conversion: guestMemfd && attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE ? ('attributes' as const) : ('none' as const),
+    conversion: conversion as VmCapabilities['conversion'],
+    conversionContent: BigInt(inPlace?.content ?? 0),
     preFaultMemory: ask(KVM_CAP.PRE_FAULT_MEMORY) > 0,
     mapGpaRangeExit: (ask(KVM_CAP.EXIT_HYPERCALL) & 0x1000) !== 0,
     memoryFaultExit: ask(KVM_CAP.MEMORY_FAULT_INFO) > 0 || (kernel.arch === 'aarch64' && guestMemfd),
@@ -44,5 +72,9 @@ export function vmCapabilities(kernel: Kernel, vm: number): VmCapabilities {
     addressSpaces: Math.max(1, ask(KVM_CAP.MULTI_ADDRESS_SPACE)),
   };
   const how = kernel.name === 'software' ? ('modelled' as const) : ('reported' as const);
-  return { ...answers, evidence: Object.fromEntries(Object.keys(answers).map((name) => [name, how])) };
+  const probed = inPlace ? { conversion: 'probed' as const, conversionContent: 'probed' as const } : {};
+  return {
+    ...answers,
+    evidence: { ...Object.fromEntries(Object.keys(answers).map((name) => [name, how])), ...probed },
+  };
 }

@@ -1,13 +1,18 @@
-import { setImmediate } from 'node:timers/promises';
+import { setImmediate, setTimeout } from 'node:timers/promises';
+import { types } from 'node:util';
 import { KvmError, systemError } from './errors.ts';
-import { formatRange, list } from './format.ts';
+import { formatRange, hex, list } from './format.ts';
 import { type GuestMemfd, PUNCH_HOLE } from './guest_memfd.ts';
 import type { GuestRange, Visibility } from './guest_range.ts';
+import type { Holds } from './holds.ts';
 import type { HostMemory } from './host_memory.ts';
-import type { Kernel, Result } from './kernel/kernel.ts';
+import type { Kernel, MemoryAttributes2Args, MemoryAttributesArgs, Result } from './kernel/kernel.ts';
+import type { ConversionNotice, MemoryUser } from './memory_user.ts';
 import type { Memslot } from './memslot.ts';
+import { fileInPlace } from './private_pages.ts';
 import type { RangeMap } from './ranges.ts';
-import { ERRNO, KVM_MEMORY_ATTRIBUTE_PRIVATE, MiB } from './uapi.ts';
+import { ERRNO, KVM_MEMORY_ATTRIBUTE_PRIVATE, MADV_DONTNEED, MiB } from './uapi.ts';
+import { SET_MEMORY_ATTRIBUTES2_PRESERVE } from './uapi_proposed.ts';
 import { abortSignal, integer, oneOf, options, rangeError, typeError } from './validate.ts';
 import type { Vm } from './vm.ts';
 
@@ -17,6 +22,11 @@ export interface ConvertOptions {
    * (memslots on a guest_memfd created with `mmap`).
    */
   readonly content?: 'unspecified' | 'zero' | 'preserve';
+  /**
+   * Of convert(): how many times more to try while somebody holds memory (`EAGAIN`), after 10 ms, then twice as long each time, at most a second.
+   * It keeps its place before conversions of the same memory. 0 unless given.
+   */
+  readonly retries?: number;
   /** Bytes the kernel is given at a time, page-aligned; 64 MiB by default. The kernel cannot be interrupted within a chunk. */
   readonly chunkSize?: number;
   /** Of convert(): checked before each chunk; what was done is undone. */
@@ -33,28 +43,44 @@ export interface ConversionReport {
   readonly unchanged: readonly GuestRange[];
   /** Bytes given back to the host by discarding the other side: resident before, gone after. */
   readonly freedBytes: number;
+  /** Where there is any: what the kernel would not give back, so that its bytes are held twice. */
+  readonly undiscarded?: readonly GuestRange[];
   /** Who saw to the content that was asked for. */
   readonly contentBy: 'kernel' | 'copied' | 'none';
+  /** How: with the VM's attribute over two memories, in place on the file, or not at all where nothing can be private. */
+  readonly conversion: 'attributes' | 'in-place' | 'none';
+  /** Where there is any: what memory users threw when they were told. */
+  readonly complaints?: readonly { readonly user: string; readonly error: unknown }[];
 }
 
 /** What a conversion needs of its VM. */
 export interface ConversionOwner {
   readonly vm: Vm;
   readonly kernel: Kernel;
-  readonly fd: number;
   assertOpen(): void;
   detachViews(address: number, size: number): void;
+  setAttributes(args: MemoryAttributesArgs): Result;
+  setAttributesAsync(args: MemoryAttributesArgs): Promise<Result>;
+  /** A range has changed sides in place. */
+  converted(range: GuestRange, to: Visibility): void;
   /** Slots of address space 0 by guest physical address. */
   readonly byAddress: RangeMap<Memslot>;
+  readonly users: ReadonlySet<MemoryUser>;
+  /** By guest physical address. */
+  readonly holds: Holds<string>;
 }
 
 /** Milliseconds that an asynchronous conversion may keep the event loop. */
 const MAX_HOLD = 5;
 const DEFAULT_CHUNK = 64 * MiB;
+/** Milliseconds between tries. */
+const FIRST_PAUSE = 10;
+const LONGEST_PAUSE = 1000;
 const contents = ['unspecified', 'zero', 'preserve'] as const;
 
 /** One side's memory behind a part of a slot. */
 interface Backing {
+  readonly range: GuestRange;
   residentBytes(): number;
   /** A step that gives the memory back. */
   readonly discard: Step;
@@ -75,6 +101,14 @@ interface Answer {
   readonly reason: string | null;
 }
 
+/** Part of a chunk whose state one call sets. */
+interface Part extends GuestRange {
+  /** Which has the state; null where the VM has it. */
+  readonly file: GuestMemfd | null;
+  /** Of the file. */
+  readonly offset: number;
+}
+
 /** What comes out of a step when the driver has made the call. */
 type Steps<T> = Generator<Step, T, Answer>;
 
@@ -93,9 +127,19 @@ export class Conversion {
   readonly #chunkSize: number;
   readonly #signal: AbortSignal | undefined;
   readonly #onProgress: ((done: number, total: number) => void) | undefined;
+  readonly #retries: number;
+  /** Users that were asked, and have not heard how it ended. */
+  readonly #asked: MemoryUser[] = [];
+  #settled = false;
 
   constructor(owner: ConversionOwner, range: GuestRange, to: Visibility, given: ConvertOptions = {}) {
-    const { content = 'unspecified', chunkSize = DEFAULT_CHUNK, signal, onProgress } = options('options', given);
+    const {
+      content = 'unspecified',
+      chunkSize = DEFAULT_CHUNK,
+      signal,
+      onProgress,
+      retries = 0,
+    } = options('options', given);
     const { pageSize } = owner.kernel;
     this.#owner = owner;
     this.range = range;
@@ -112,18 +156,46 @@ export class Conversion {
     if (onProgress !== undefined && typeof onProgress !== 'function') throw typeError('onProgress must be a function');
     this.#signal = signal;
     this.#onProgress = onProgress;
+    this.#retries = integer('retries', retries);
+  }
+
+  /** Nothing is going to change any more, so others may work on the range. */
+  get settled(): boolean {
+    return this.#settled;
   }
 
   runSync(): ConversionReport {
     const steps = this.#steps();
     let next = steps.next();
-    while (!next.done) next = steps.next(this.#answer(next.value.sync()));
+    while (!next.done) {
+      let answer: Answer;
+      try {
+        answer = this.#answer(next.value.sync());
+      } catch (error) {
+        next = steps.throw(error);
+        continue;
+      }
+      next = steps.next(answer);
+    }
     return next.value;
   }
 
   /** Runs when those before it have ended; an abort does not wait for them. */
   async runAfter(others: Promise<unknown>): Promise<ConversionReport> {
+    await this.#unlessAborted(others);
+    for (let pause = FIRST_PAUSE, left = this.#retries; ; pause = Math.min(LONGEST_PAUSE, 2 * pause), left--) {
+      try {
+        return await this.#run();
+      } catch (error) {
+        if (left === 0 || !(error instanceof KvmError) || error.code !== 'EAGAIN') throw error;
+        await this.#unlessAborted(setTimeout(pause));
+      }
+    }
+  }
+
+  async #unlessAborted(others: Promise<unknown>): Promise<void> {
     const signal = this.#signal;
+    signal?.throwIfAborted();
     let abort = (): void => {};
     const aborted = new Promise<never>((_resolve, reject) => {
       abort = () => reject(signal?.reason);
@@ -134,7 +206,6 @@ export class Conversion {
     } finally {
       signal?.removeEventListener('abort', abort);
     }
-    return this.#run();
   }
 
   async #run(): Promise<ConversionReport> {
@@ -142,7 +213,13 @@ export class Conversion {
     let rested = performance.now();
     let next = steps.next();
     while (!next.done) {
-      const answer = this.#answer(await next.value.async());
+      let answer: Answer;
+      try {
+        answer = this.#answer(await next.value.async());
+      } catch (error) {
+        next = steps.throw(error);
+        continue;
+      }
       // A kernel that answers at once must not keep timers and sockets waiting.
       if (performance.now() - rested > MAX_HOLD) {
         await setImmediate();
@@ -161,28 +238,101 @@ export class Conversion {
     this.#signal?.throwIfAborted();
     this.#owner.assertOpen();
     const { changed, unchanged } = this.#split();
-    const report = (freedBytes: number): ConversionReport => {
-      const contentBy = this.#content === 'unspecified' || changed.length === 0 ? 'none' : 'kernel';
-      return { to: this.#to, changed, unchanged, freedBytes, contentBy };
-    };
-    if (changed.length === 0) return report(0);
+    const report = { to: this.#to, changed, unchanged, freedBytes: 0 };
+    const { conversion } = this.#owner.vm.capabilities;
+    if (changed.length === 0) return { ...report, contentBy: 'none', conversion };
     this.#assertPossible();
     this.#assertBacked(changed);
-    this.#assertNotPinned(changed);
+    const notice: ConversionNotice = { ranges: changed, to: this.#to };
+    let done: Pick<ConversionReport, 'freedBytes' | 'undiscarded'>;
+    try {
+      yield* this.#ask(notice);
+      this.#assertFree(changed);
+      done = yield* this.#apply(changed, unchanged);
+    } catch (error) {
+      this.#settled = true;
+      this.#tell((user) => user.listener.kept?.(notice));
+      this.#settled = false;
+      throw error;
+    }
+    this.#settled = true;
+    this.#asked.reverse();
+    const complaints = this.#tell((user) => user.listener.converted?.(notice));
+    return {
+      ...report,
+      ...done,
+      ...(complaints.length > 0 && { complaints }),
+      contentBy: this.#content === 'unspecified' ? 'none' : 'kernel',
+      conversion,
+    };
+  }
+
+  /** Every user may take back what it has, or veto. */
+  *#ask(notice: ConversionNotice): Steps<void> {
+    const { users } = this.#owner;
+    for (const user of [...users]) {
+      const { converting } = user.listener;
+      if (!users.has(user)) continue;
+      this.#asked.push(user);
+      if (!converting) continue;
+      let veto: unknown;
+      yield {
+        ...PAUSE,
+        sync: () => {
+          veto = converting(notice);
+          if (!types.isPromise(veto)) return 0;
+          veto.catch(() => {});
+          veto = 'it answers later, which only convert() waits for';
+          return 0;
+        },
+        async: async () => {
+          veto = await converting(notice);
+          return 0;
+        },
+      };
+      this.#owner.assertOpen();
+      this.#signal?.throwIfAborted();
+      if (veto === undefined) continue;
+      const message = `'${user.name}' does not let ${formatRange(this.range.address, this.range.size)} become ${this.#to}: ${veto} (EAGAIN)`;
+      throw new KvmError({ code: 'EAGAIN', errno: -ERRNO.EAGAIN, message, args: { holders: [user.name] } });
+    }
+  }
+
+  /** In reverse, and everybody, whoever throws. */
+  #tell(tell: (user: MemoryUser) => void): { user: string; error: unknown }[] {
+    const complaints: { user: string; error: unknown }[] = [];
+    for (let user = this.#asked.pop(); user; user = this.#asked.pop()) {
+      try {
+        tell(user);
+      } catch (error) {
+        complaints.push({ user: user.name, error });
+      }
+    }
+    return complaints;
+  }
+
+  *#apply(
+    changed: readonly GuestRange[],
+    unchanged: readonly GuestRange[],
+  ): Steps<Pick<ConversionReport, 'freedBytes' | 'undiscarded'>> {
     // The side that appears must not show what it held in an earlier life.
     if (this.#content === 'zero')
       for (const backing of this.#backings(changed, this.#to)) yield* this.#call(backing.discard);
     if (this.#to === 'private') for (const { address, size } of changed) this.#owner.detachViews(address, size);
     yield* this.#setAll(changed, unchanged);
-    const freed = yield* this.#discardHidden(changed);
+    const done = yield* this.#discardHidden(changed);
     if (this.#content === 'zero')
       for (const backing of this.#backings(changed, 'both')) yield* this.#call(backing.discard);
-    return report(freed);
+    return done;
   }
 
-  /** Gives back the side that nobody sees any more. While nothing is lost yet, a failure undoes the conversion. */
-  *#discardHidden(changed: readonly GuestRange[]): Steps<number> {
-    let freed = 0;
+  /**
+   * Gives back the side that nobody sees any more. While nothing is lost yet, a failure undoes the conversion; afterwards it is too late for
+   * that, and the conversion has taken place.
+   */
+  *#discardHidden(changed: readonly GuestRange[]): Steps<Pick<ConversionReport, 'freedBytes' | 'undiscarded'>> {
+    let freedBytes = 0;
+    const undiscarded: GuestRange[] = [];
     for (const backing of this.#backings(changed, this.#to === 'private' ? 'shared' : 'private')) {
       yield* this.#call(PAUSE);
       const before = backing.residentBytes();
@@ -190,12 +340,19 @@ export class Conversion {
       try {
         yield* this.#call(backing.discard);
       } catch (error) {
-        if (freed === 0) yield* this.#undo([...this.#chunks(changed)], error);
-        throw error;
+        if (freedBytes === 0 || this.#owner.vm.closed) {
+          yield* this.#undo(
+            [...this.#chunks(changed)].flatMap((chunk) => this.#parts(chunk)),
+            error,
+          );
+          throw error;
+        }
+        undiscarded.push(backing.range);
+        continue;
       }
-      freed += before - backing.residentBytes();
+      freedBytes += before - backing.residentBytes();
     }
-    return freed;
+    return { freedBytes, ...(undiscarded.length > 0 && { undiscarded }) };
   }
 
   #split(): { changed: GuestRange[]; unchanged: GuestRange[] } {
@@ -221,6 +378,9 @@ export class Conversion {
       );
     }
     const pair = this.#pieces([this.range]).find(({ slot }) => !slot.guestMemfd?.backing.gmemOnly);
+    const preserves = (vm.capabilities.conversionContent & BigInt(SET_MEMORY_ATTRIBUTES2_PRESERVE)) !== 0n;
+    if (this.#content === 'preserve' && vm.capabilities.conversion === 'in-place' && !preserves)
+      throw KvmError.unsupported('this kernel converts in place, and does not offer to preserve the content');
     if (this.#content === 'preserve' && pair) {
       throw KvmError.unsupported(
         `the content of slot ${pair.slot.slot} cannot be preserved: its private and its shared side are two memories, and the host cannot reach the private one`,
@@ -254,32 +414,47 @@ export class Conversion {
   /** Whether another slot shows some of the same host memory: it is not ours to give back then. */
   #isShownElsewhere({ hostMemory, hostOffset, slot: number }: Memslot, offset: number, size: number): boolean {
     const start = hostOffset + offset;
-    const others = hostMemory ? [...hostMemory.backing.slots] : [];
-    return others.some(
-      (other) => other.slot !== number && other.hostOffset < start + size && start < other.hostOffset + other.size,
-    );
+    const shown = hostMemory?.backing.shown.holders(start, start + size) ?? [];
+    return [...shown].some((other) => other.slot !== number);
+  }
+
+  /** Nobody holds any of it; pins are for shared memory. */
+  #assertFree(changed: readonly GuestRange[]): void {
+    const { holds } = this.#owner;
+    for (const { address, size } of changed) {
+      const errorOffset = holds.first(address, address + size);
+      if (errorOffset === undefined) continue;
+      const holders = [...holds.holders(address, address + size)];
+      const message = `guest memory ${formatRange(address, size)} is held from ${hex(errorOffset)} on by ${list(holders)}: release it and try again (EAGAIN)`;
+      throw new KvmError({ code: 'EAGAIN', errno: -ERRNO.EAGAIN, message, errorOffset, args: { holders } });
+    }
+    if (this.#to === 'private') this.#assertNotPinned(changed);
   }
 
   #assertNotPinned(changed: readonly GuestRange[]): void {
-    if (this.#to !== 'private') return;
     for (const { slot, offset, size } of this.#pieces(changed)) {
       const start = slot.guestMemfdOffset + offset;
-      const errorOffset = slot.guestMemfd?.backing.firstPin(start, start + size);
-      if (errorOffset === undefined) continue;
-      const message = `guest memory ${formatRange(slot.address + offset, size)} is pinned at offset ${errorOffset} of guest_memfd fd ${slot.guestMemfd?.fd}: dispose of the pin and try again (EAGAIN)`;
-      throw new KvmError({ code: 'EAGAIN', errno: -ERRNO.EAGAIN, message, errorOffset });
+      const pins = slot.guestMemfd?.backing.pins;
+      const errorOffset = pins?.first(start, start + size);
+      if (!pins || errorOffset === undefined) continue;
+      const holders = [...pins.holders(start, start + size)];
+      const message = `guest memory ${formatRange(slot.address + offset, size)} is pinned at offset ${errorOffset} of guest_memfd fd ${slot.guestMemfd?.fd} by ${list(holders)}: dispose of the pin and try again (EAGAIN)`;
+      throw new KvmError({ code: 'EAGAIN', errno: -ERRNO.EAGAIN, message, errorOffset, args: { holders } });
     }
   }
 
   *#setAll(changed: readonly GuestRange[], unchanged: readonly GuestRange[]): Steps<void> {
-    const done: GuestRange[] = [];
+    const done: Part[] = [];
     let bytes = unchanged.reduce((sum, { size }) => sum + size, 0);
     try {
       for (const chunk of this.#chunks(changed)) {
         this.#signal?.throwIfAborted();
-        this.#assertNotPinned([chunk]);
-        yield* this.#call(this.#set(chunk, this.#to));
-        done.push(chunk);
+        this.#assertFree([chunk]);
+        for (const part of this.#parts(chunk)) {
+          if (this.#to === 'private' && part.file) yield* this.#call(this.#letGo(part.file, part.offset, part.size));
+          yield* this.#call(this.#set(part, this.#to));
+          done.push(part);
+        }
         // Whoever looked meanwhile may have made another.
         if (this.#to === 'private') this.#owner.detachViews(chunk.address, chunk.size);
         bytes += chunk.size;
@@ -293,12 +468,12 @@ export class Conversion {
   }
 
   /** Sets the attribute of chunks back, as many as can be. */
-  *#undo(chunks: GuestRange[], cause: unknown): Steps<void> {
+  *#undo(parts: Part[], cause: unknown): Steps<void> {
     const left: string[] = [];
-    for (const chunk of chunks.reverse()) {
+    for (const part of parts.reverse()) {
       if (this.#owner.vm.closed) return;
-      const { result } = yield this.#set(chunk, this.#to === 'private' ? 'shared' : 'private');
-      if (result < 0) left.push(formatRange(chunk.address, chunk.size));
+      const { result } = yield this.#set(part, this.#to === 'private' ? 'shared' : 'private');
+      if (result < 0) left.push(formatRange(part.address, part.size));
     }
     if (left.length === 0) return;
     const message = `a conversion failed (${cause instanceof Error ? cause.message : cause}), and these parts of it could not be undone: ${list(left)}`;
@@ -312,15 +487,59 @@ export class Conversion {
     }
   }
 
-  #set({ address, size }: GuestRange, to: Visibility): Step {
-    const { kernel, fd } = this.#owner;
+  /** A chunk by where its state is kept: files that are converted in place, and the VM for what lies between them. */
+  #parts({ address, size }: GuestRange): Part[] {
+    const parts: Part[] = [];
+    let at = address;
+    for (const { slot, offset, size: length } of this.#pieces([{ address, size }])) {
+      const file = fileInPlace(slot);
+      if (!file) continue;
+      const start = slot.address + offset;
+      if (start > at) parts.push({ address: at, size: start - at, file: null, offset: 0 });
+      parts.push({ address: start, size: length, file, offset: slot.guestMemfdOffset + offset });
+      at = start + length;
+    }
+    if (at < address + size) parts.push({ address: at, size: address + size - at, file: null, offset: 0 });
+    return parts;
+  }
+
+  /** Our own page tables would be in the way of a page that is to become private in place. */
+  #letGo(file: GuestMemfd, offset: number, length: number): Step {
+    const { kernel } = this.#owner;
+    const advise = (): Result => kernel.madvise(file.backing.map(), offset, length, MADV_DONTNEED);
+    return { syscall: 'madvise', args: { offset, length }, sync: advise, async: async () => advise() };
+  }
+
+  #setInPlace({ address, size, file, offset }: Part & { readonly file: GuestMemfd }, to: Visibility): Step {
+    const { kernel, converted } = this.#owner;
+    const attributes = to === 'private' ? KVM_MEMORY_ATTRIBUTE_PRIVATE : 0;
+    const flags = this.#content === 'preserve' ? SET_MEMORY_ATTRIBUTES2_PRESERVE : 0;
+    const args: MemoryAttributes2Args = { offset, size, attributes, flags };
+    const convert = (): Result => {
+      const result = kernel.setMemoryAttributes2(file.fd, args);
+      if (result >= 0) converted({ address, size }, to);
+      return result;
+    };
+    return {
+      syscall: 'ioctl',
+      request: 'KVM_SET_MEMORY_ATTRIBUTES2',
+      args: args as unknown as Record<string, unknown>,
+      sync: convert,
+      async: async () => convert(),
+    };
+  }
+
+  #set(part: Part, to: Visibility): Step {
+    const { address, size, file } = part;
+    if (file) return this.#setInPlace({ ...part, file }, to);
+    const owner = this.#owner;
     const args = { address, size, attributes: to === 'private' ? KVM_MEMORY_ATTRIBUTE_PRIVATE : 0, flags: 0 };
     return {
       syscall: 'ioctl',
       request: 'KVM_SET_MEMORY_ATTRIBUTES',
       args,
-      sync: () => kernel.setMemoryAttributes(fd, args),
-      async: () => kernel.setMemoryAttributesAsync(fd, args),
+      sync: () => owner.setAttributes(args),
+      async: () => owner.setAttributesAsync(args),
     };
   }
 
@@ -341,12 +560,16 @@ export class Conversion {
       const gmemOnly = guestMemfd?.backing.gmemOnly ?? false;
       if (guestMemfd && gmemOnly === (side === 'both') && side !== 'shared') {
         const start = slot.guestMemfdOffset + offset;
-        yield* this.#spans(start, start + size, 1, (at, length) => this.#fileBacking(guestMemfd, at, length));
+        yield* this.#spans(start, start + size, 1, (at, length) =>
+          this.#fileBacking(guestMemfd, at, length, slot.address - slot.guestMemfdOffset),
+        );
       }
       if (hostMemory && side === 'shared' && !gmemOnly && !this.#isShownElsewhere(slot, offset, size)) {
         const start = slot.hostOffset + offset;
         const { alignment } = hostMemory.backing;
-        yield* this.#spans(start, start + size, alignment, (at, length) => this.#hostBacking(hostMemory, at, length));
+        yield* this.#spans(start, start + size, alignment, (at, length) =>
+          this.#hostBacking(hostMemory, at, length, slot.address - slot.hostOffset),
+        );
       }
     }
   }
@@ -364,10 +587,12 @@ export class Conversion {
       yield make(at, Math.min(step, last - at));
   }
 
-  #fileBacking(file: GuestMemfd, offset: number, length: number): Backing {
+  /** @param base The guest address of the file's first byte. */
+  #fileBacking(file: GuestMemfd, offset: number, length: number, base: number): Backing {
     const { kernel } = this.#owner;
     const { fd } = file;
     return {
+      range: { address: base + offset, size: length },
       residentBytes: () => file.residentBytes({ offset, size: length }),
       discard: {
         syscall: 'fallocate',
@@ -378,10 +603,11 @@ export class Conversion {
     };
   }
 
-  #hostBacking(memory: HostMemory, offset: number, length: number): Backing {
+  #hostBacking(memory: HostMemory, offset: number, length: number, base: number): Backing {
     const { kernel } = this.#owner;
     const { mapping, advice } = memory.backing;
     return {
+      range: { address: base + offset, size: length },
       residentBytes: () => memory.residentBytes({ offset, size: length }),
       discard: {
         syscall: 'madvise',
@@ -396,6 +622,8 @@ export class Conversion {
     const { result, reason } = yield step;
     // Meanwhile the VM may have been closed, and its fd may be another's.
     this.#owner.assertOpen();
-    if (result < 0) throw systemError(result, step, reason);
+    if (result >= 0) return;
+    const { errorOffset } = step.args as { errorOffset?: bigint };
+    throw systemError(result, step, reason, errorOffset === undefined ? undefined : Number(errorOffset));
   }
 }

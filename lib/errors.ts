@@ -64,7 +64,7 @@ export interface Call {
 }
 
 /** Turns a negative result into the error a person can act on. `reason` is the broken rule, where one is known. */
-export function systemError(result: number, call: Call, reason: string | null): KvmError {
+export function systemError(result: number, call: Call, reason: string | null, errorOffset?: number): KvmError {
   const code = errnoName(result);
   const why = reason ?? advice[code] ?? 'the kernel gave no reason';
   return new KvmError({
@@ -74,5 +74,6 @@ export function systemError(result: number, call: Call, reason: string | null): 
     syscall: call.syscall,
     ...(call.request ? { request: call.request } : {}),
     ...(call.args ? { args: call.args } : {}),
+    ...(errorOffset === undefined ? {} : { errorOffset }),
   });
 }

@@ -1,10 +1,10 @@
 import { KvmError, systemError } from './errors.ts';
 import { formatBytes } from './format.ts';
 import type { FileRange } from './guest_range.ts';
+import { Holds } from './holds.ts';
 import { keptAlive, refuseIfInUse, residentBytes, WINDOW_MAX } from './host_memory.ts';
 import type { Kernel, Result } from './kernel/kernel.ts';
 import type { Memslot } from './memslot.ts';
-import { RangeMap } from './ranges.ts';
 import { guardConstructor, type internal, Resource } from './resource.ts';
 import {
   ERRNO,
@@ -16,7 +16,7 @@ import {
   PROT_READ,
   PROT_WRITE,
 } from './uapi.ts';
-import { fileRange, options, rangeError } from './validate.ts';
+import { fileRange, options, rangeError, text } from './validate.ts';
 import type { Vm } from './vm.ts';
 
 /** The mode of fallocate(2) that gives pages back. */
@@ -37,7 +37,7 @@ export class GuestMemfd extends Resource {
   readonly #vm: Vm;
   readonly #fd: number;
   readonly #slots = new Set<Memslot>();
-  readonly #pins = new RangeMap<number>();
+  readonly #pins = new Holds<string>();
   readonly #mapping: { handle: number };
 
   /** @internal */
@@ -93,7 +93,8 @@ export class GuestMemfd extends Resource {
    * (length 0) by close().
    *
    * @param range Bytes, at most 4 GiB; the whole file when omitted.
-   * @throws KvmError `UNSUPPORTED` where the file is not for the host · `ERR_CLOSED`
+   * @throws KvmError `UNSUPPORTED` where the file is not for the host · `EFAULT` a page is private, where they are converted in place ·
+   *   `ERR_CLOSED`
    * @see mmap(2); GUEST_MEMFD_FLAG_MMAP and _INIT_SHARED, Linux 6.18
    */
   bytes(range?: FileRange): Uint8Array {
@@ -105,6 +106,10 @@ export class GuestMemfd extends Resource {
         'this guest_memfd is not for the host: create it with { mmap: true, initShared: true } (Linux 6.18)',
       );
     }
+    const { pageSize } = this.#kernel;
+    const secret = this.#convertsInPlace ? this.#kernel.privatePages(this.#fd) : undefined;
+    if (secret?.overlaps(Math.floor(offset / pageSize), Math.ceil((offset + size) / pageSize)))
+      throw new KvmError({ code: 'EFAULT', errno: -ERRNO.EFAULT, message: 'a page of the range is private (EFAULT)' });
     const view = this.#kernel.window(this.#map(), offset, size);
     keptAlive.set(view.buffer, this);
     return view;
@@ -132,20 +137,22 @@ export class GuestMemfd extends Resource {
 
   /**
    * Records that something outside the guest uses these pages. While the pin is held, converting guest memory that lies on them to private
-   * fails with `EAGAIN` and the file offset in `errorOffset`.
+   * fails with `EAGAIN`, the file offset in `errorOffset`, and the holders in the message.
    *
    * @param range Bytes of the file.
+   * @param holder Who pins, as messages name it.
    * @returns The pin; dispose of it to let go.
    */
-  pin(range: FileRange): Disposable {
+  pin(range: FileRange, holder = 'a pin'): Disposable {
     const { offset, size } = fileRange('range', options('range', range), this.size);
     this.assertOpen();
+    this.#vm.backing.assertOwn();
     const pins = this.#pins;
+    const pin = pins.add(offset, offset + size, text('holder', holder));
     let held = true;
-    count(pins, offset, offset + size, 1);
     return {
       [Symbol.dispose]() {
-        if (held) count(pins, offset, offset + size, -1);
+        if (held) pins.delete(pin);
         held = false;
       },
     };
@@ -179,15 +186,23 @@ export class GuestMemfd extends Resource {
       /** The guest always sees the file's pages through a slot, never the slot's host memory. Contract §6. */
       gmemOnly: (this.flags & BigInt(GUEST_MEMFD_FLAG_MMAP)) !== 0n,
       hostAccessible: this.#hostAccessible,
+      /** Its pages are private or shared by a state of the file's own. */
+      convertsInPlace: this.#convertsInPlace,
       map: () => this.#map(),
       assertOpen: () => this.assertOpen(),
-      firstPin: (start: number, end: number): number | undefined => this.#pins.within(start, end).next().value?.start,
+      pins: this.#pins,
     };
   }
 
+  /** Shared pages of it, at least. */
   get #hostAccessible(): boolean {
     const both = BigInt(GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED);
-    return (this.flags & both) === both;
+    return (this.flags & both) === both || this.#convertsInPlace;
+  }
+
+  get #convertsInPlace(): boolean {
+    const mappable = (this.flags & BigInt(GUEST_MEMFD_FLAG_MMAP)) !== 0n;
+    return mappable && !this.#vm.closed && this.#vm.capabilities.conversion === 'in-place';
   }
 
   #map(): number {
@@ -216,14 +231,4 @@ function releasing(kernel: Kernel, fd: number, mapping: { readonly handle: numbe
     if (mapping.handle >= 0) weak.deref()?.munmap(mapping.handle);
     weak.deref()?.close(fd);
   };
-}
-
-/** Adds to a number kept for every byte of a range. */
-function count(counts: RangeMap<number>, start: number, end: number, by: number): void {
-  const pieces = [...counts.within(start, end)];
-  const gaps = [...counts.gaps(start, end)].map((gap) => ({ ...gap, value: 0 }));
-  for (const piece of [...pieces, ...gaps]) {
-    if (piece.value + by > 0) counts.set(piece.start, piece.end, piece.value + by);
-    else counts.delete(piece.start, piece.end);
-  }
 }

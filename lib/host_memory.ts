@@ -1,6 +1,7 @@
 import { KvmError, systemError } from './errors.ts';
 import { formatBytes } from './format.ts';
 import type { FileRange } from './guest_range.ts';
+import { Holds } from './holds.ts';
 import type { Kernel, Result } from './kernel/kernel.ts';
 import type { Kvm } from './kvm.ts';
 import type { Memslot } from './memslot.ts';
@@ -26,8 +27,8 @@ import {
 } from './uapi.ts';
 import { fileRange, integer, oneOf, options, rangeError, text } from './validate.ts';
 
-const kinds = ['anonymous', 'memfd', 'hugetlb', 'file'] as const;
-export type HostMemoryKind = (typeof kinds)[number];
+export const hostMemoryKinds = ['anonymous', 'memfd', 'hugetlb', 'file'] as const;
+export type HostMemoryKind = (typeof hostMemoryKinds)[number];
 
 export interface HostMemoryOptions {
   /** Bytes: a multiple of the page size, or of `hugePageSize`. */
@@ -88,6 +89,8 @@ export class HostMemory extends Resource {
   readonly #mapping: number;
   readonly #alignment: number;
   readonly #slots = new Set<Memslot>();
+  /** The slots that show its bytes. */
+  readonly #shown = new Holds<Memslot>();
 
   /** @internal */
   static create(
@@ -98,7 +101,7 @@ export class HostMemory extends Resource {
     assertOpen: () => void,
   ): HostMemory {
     const read = options('options', given);
-    const kind = read.kind === undefined ? 'anonymous' : oneOf('kind', read.kind, kinds);
+    const kind = read.kind === undefined ? 'anonymous' : oneOf('kind', read.kind, hostMemoryKinds);
     const size = integer('size', read.size, 1);
     const { path, hugePageSize = 2 * MiB, numaNode } = read;
     integer('hugePageSize', hugePageSize, 2 * kernel.pageSize);
@@ -223,6 +226,7 @@ export class HostMemory extends Resource {
       kvm: this.#kvm,
       mapping: this.#mapping,
       slots: this.#slots,
+      shown: this.#shown,
       assertOpen: () => this.assertOpen(),
       advice: this.#advice,
       alignment: this.#alignment,

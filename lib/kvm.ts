@@ -96,6 +96,20 @@ export class Kvm extends Resource {
     Object.freeze(this);
   }
 
+  /** @internal The Kvm of another thread, by its share. */
+  static attach(token: typeof internal, kernel: Kernel, share: number): Kvm {
+    const fd = kernel.takeFile(share, 'kvm');
+    if (fd < 0) throw KvmError.closed('the VM of this handle');
+    return new Kvm(token, kernel, fd, null);
+  }
+
+  /** @internal The number for attach(). */
+  share(): number {
+    const share = this.#kernel.shareFile(this.#fd);
+    if (share < 0) throw shareError(this.#kernel, share, 'KVM');
+    return share;
+  }
+
   /** The types of VM that can be created here. */
   get vmTypes(): ReadonlySet<VmType> {
     this.assertOpen();
@@ -170,6 +184,13 @@ export class Kvm extends Resource {
     if (result < 0) throw systemError(result, { syscall: 'ioctl', request, args }, this.#kernel.explain());
     return result;
   }
+}
+
+/** Why another thread cannot have something. */
+export function shareError(kernel: Kernel, result: Result, what: string): KvmError {
+  if (result === -ERRNO.EOPNOTSUPP)
+    return KvmError.unsupported(`another thread cannot have ${what}: ${kernel.explain()}`);
+  return systemError(result, { syscall: 'share' }, kernel.explain());
 }
 
 function openDevice(kernel: Kernel, device: string): number {

@@ -11,13 +11,13 @@ const LAST = Number.MAX_SAFE_INTEGER;
  * number of ranges, not of pages. Addresses and sizes in bytes.
  */
 export class MemoryAttributes implements Iterable<GuestRange & { readonly visibility: Visibility }> {
-  readonly #gfns: ReadonlyRangeMap<true>;
+  readonly #source: () => ReadonlyRangeMap<true>;
   readonly #pageSize: number;
 
   /** @internal */
-  constructor(token: typeof internal, gfns: ReadonlyRangeMap<true>, pageSize: number) {
+  constructor(token: typeof internal, source: () => ReadonlyRangeMap<true>, pageSize: number) {
     guardConstructor(token, 'vm.attributes');
-    this.#gfns = gfns;
+    this.#source = source;
     this.#pageSize = pageSize;
     Object.freeze(this);
   }
@@ -61,6 +61,10 @@ export class MemoryAttributes implements Iterable<GuestRange & { readonly visibi
       yield { ...this.#bytes(start, end), visibility: 'private' };
       shared = end;
     }
+  }
+
+  get #gfns(): ReadonlyRangeMap<true> {
+    return this.#source();
   }
 
   #pages(range: GuestRange): { start: number; end: number } {

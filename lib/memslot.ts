@@ -1,6 +1,7 @@
 import { KvmError, systemError } from './errors.ts';
 import { GuestMemfd } from './guest_memfd.ts';
 import type { FileRange } from './guest_range.ts';
+import type { Hold } from './holds.ts';
 import { HostMemory } from './host_memory.ts';
 import type { Kernel, Result } from './kernel/kernel.ts';
 import type { RangeMap } from './ranges.ts';
@@ -47,9 +48,15 @@ export interface SlotOwner {
   readonly byAddress: RangeMap<Memslot>;
   /** By address space, a number below which every slot exists. */
   readonly firstFree: number[];
+  /** Throws where another thread is the one that changes this VM's memory. */
+  assertOwn(): void;
+  /** The slot is there, or is another than it was. */
+  appeared(slot: Memslot): void;
+  disappeared(slot: Memslot): void;
 }
 
-interface Placement {
+/** @internal */
+export interface Placement {
   address: number;
   readonly size: number;
   readonly hostMemory: HostMemory | null;
@@ -72,6 +79,8 @@ export class Memslot implements Disposable {
   readonly #owner: SlotOwner;
   readonly #placement: Placement;
   readonly #userspaceAddr: bigint;
+  /** What of its host memory it shows. */
+  readonly #shown: Hold<Memslot> | undefined;
   #removed = false;
 
   /** @internal */
@@ -92,13 +101,14 @@ export class Memslot implements Disposable {
       logDirtyPages: boolean('logDirtyPages', rest.logDirtyPages ?? false),
     };
     owner.assertOpen();
+    owner.assertOwn();
     checkBacking(owner.vm, placement);
     owner.assertIdle(placement.address, placement.size);
-    return new Memslot(token, owner, (slot ?? freeSlot(owner, addressSpace)) | (addressSpace << 16), placement);
+    return new Memslot(token, owner, (slot ?? freeSlot(owner, addressSpace)) | (addressSpace << 16), placement, true);
   }
 
   /** @internal */
-  constructor(token: typeof internal, owner: SlotOwner, slot: number, placement: Placement) {
+  constructor(token: typeof internal, owner: SlotOwner, slot: number, placement: Placement, isNew: boolean) {
     guardConstructor(token, 'vm.createMemslot()');
     this.slot = slot >>> 0;
     this.#owner = owner;
@@ -109,12 +119,17 @@ export class Memslot implements Disposable {
         message: `memslot ${this.slot} exists: remove it first, or leave the number to the library`,
       });
     }
-    this.#userspaceAddr = userspaceAddr(owner.kernel, placement);
-    this.#setRegion(placement.address, placement.size, placement.logDirtyPages);
+    this.#userspaceAddr = isNew ? userspaceAddr(owner.kernel, placement) : 0n;
+    if (isNew) this.#setRegion(placement.address, placement.size, placement.logDirtyPages);
     owner.slots.set(this.slot, this);
-    this.#appear();
     placement.hostMemory?.backing.slots.add(this);
+    this.#shown = placement.hostMemory?.backing.shown.add(
+      placement.hostOffset,
+      placement.hostOffset + placement.size,
+      this,
+    );
     placement.guestMemfd?.backing.slots.add(this);
+    this.#appear();
     Object.freeze(this);
   }
 
@@ -169,6 +184,7 @@ export class Memslot implements Disposable {
   move(address: number): void {
     integer('address', address);
     this.#assertThere();
+    this.#owner.assertOwn();
     this.#owner.assertIdle(this.address, this.size);
     this.#owner.assertIdle(address, this.size);
     this.#setRegion(address, this.size, this.logDirtyPages);
@@ -185,8 +201,10 @@ export class Memslot implements Disposable {
   setLogDirtyPages(on: boolean): void {
     boolean('on', on);
     this.#assertThere();
+    this.#owner.assertOwn();
     this.#setRegion(this.address, this.size, on);
     this.#placement.logDirtyPages = on;
+    this.#owner.appeared(this);
   }
 
   /**
@@ -198,6 +216,7 @@ export class Memslot implements Disposable {
    */
   dirtyPages(): number[] {
     this.#assertThere();
+    this.#owner.assertOwn();
     const bitmap = new Uint8Array(Math.ceil(this.#pages / 64) * 8);
     const { kernel, fd } = this.#owner;
     this.#check(kernel.getDirtyLog(fd, { slot: this.slot, dirtyBitmap: bitmap }), 'KVM_GET_DIRTY_LOG', {});
@@ -218,6 +237,7 @@ export class Memslot implements Disposable {
   clearDirtyPages(range?: FileRange): void {
     const { offset, size } = fileRange('range', range, this.size);
     this.#assertThere();
+    this.#owner.assertOwn();
     const { kernel, fd } = this.#owner;
     if (offset % kernel.pageSize || size % kernel.pageSize)
       throw rangeError(`range must be made of whole pages, got ${offset}, +${size}`);
@@ -244,18 +264,14 @@ export class Memslot implements Disposable {
    */
   remove(): void {
     if (this.#removed || this.#owner.vm.closed) return;
+    this.#owner.assertOwn();
     this.#owner.assertIdle(this.address, this.size);
     this.#setRegion(this.address, 0, false);
-    this.#gone();
+    this.gone();
   }
 
   [Symbol.dispose](): void {
     this.remove();
-  }
-
-  /** @internal The VM is gone, and every slot with it. */
-  removedWithVm(): void {
-    this.#gone();
   }
 
   get #pages(): number {
@@ -264,22 +280,27 @@ export class Memslot implements Disposable {
 
   #appear(): void {
     if (this.slot < 0x10000) this.#owner.byAddress.set(this.address, this.address + this.size, this);
+    this.#owner.appeared(this);
   }
 
   #disappear(): void {
-    if (this.slot >= 0x10000) return;
-    this.#owner.detachViews(this.address, this.size);
-    this.#owner.byAddress.delete(this.address, this.address + this.size);
+    if (this.slot < 0x10000) {
+      this.#owner.detachViews(this.address, this.size);
+      this.#owner.byAddress.delete(this.address, this.address + this.size);
+    }
+    this.#owner.disappeared(this);
   }
 
-  #gone(): void {
+  /** @internal The kernel has it no more: it was removed, here or by another thread, or its VM is gone. */
+  gone(): void {
     const { hostMemory, guestMemfd } = this.#placement;
     this.#removed = true;
-    this.#disappear();
     const { slots, firstFree } = this.#owner;
     slots.delete(this.slot);
+    this.#disappear();
     firstFree[this.slot >>> 16] = Math.min(this.slot & 0xffff, firstFree[this.slot >>> 16] ?? 0);
     hostMemory?.backing.slots.delete(this);
+    if (this.#shown) hostMemory?.backing.shown.delete(this.#shown);
     guestMemfd?.backing.slots.delete(this);
   }
 

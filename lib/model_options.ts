@@ -4,6 +4,19 @@ export type Arch = 'x86_64' | 'aarch64';
 export const kernelVersions = ['6.8', '6.11', '6.18', '6.19', '7.1', '7.2', '7.3'] as const;
 export type KernelVersion = (typeof kernelVersions)[number];
 
+/** Kernel interfaces that have been proposed and that no released kernel has. */
+export const proposals = [
+  'in-place-conversion',
+  'guest-seal',
+  'special-mapping',
+  'grant-ring',
+  'write-population',
+  'large-folios',
+  'memslot-lock',
+  'link',
+] as const;
+export type Proposal = (typeof proposals)[number];
+
 /** Which kernel, on which machine, the software backend plays. */
 export interface ModelOptions {
   /** x86_64 by default, whatever the host is. */
@@ -20,4 +33,13 @@ export interface ModelOptions {
   readonly smm?: boolean;
   /** aarch64: a host booted with kvm-arm.mode=protected, which can create protected VMs since 7.1. Default false. */
   readonly pkvm?: boolean;
+  /** Bits of guest physical address. x86_64: the host's, default 46 with `tdp` and 52 without. aarch64: the widest a VM may ask for, default 52. */
+  readonly physicalAddressBits?: number;
+  /** Bits of a process's address. x86_64: 47 (default), or 56 with 5-level paging. aarch64: 48 (default) or 52. */
+  readonly userAddressBits?: number;
+  /**
+   * Proposed interfaces that the newest kernel shall have besides its own; none by default. Their numbers may change, and mean something else
+   * on kernels that exist.
+   */
+  readonly proposals?: readonly Proposal[];
 }

@@ -63,7 +63,9 @@ export abstract class Resource implements Disposable {
   /** Closes what it owns, then itself. A second call does nothing. */
   close(): void {
     if (this.#closed) return;
-    for (const child of this.#children) child.deref()?.closeWithOwner();
+    const children = [...this.#children].flatMap((child) => child.deref() ?? []);
+    for (const child of children.filter((child) => child.usesOthers)) child.closeWithOwner();
+    for (const child of children) child.closeWithOwner();
     this.#closed = true;
     net.unregister(this);
     this.#forget();
@@ -72,6 +74,11 @@ export abstract class Resource implements Disposable {
 
   [Symbol.dispose](): void {
     this.close();
+  }
+
+  /** Whether it uses what else its owner has, so that it has to go first. */
+  protected get usesOthers(): boolean {
+    return false;
   }
 
   /** A close that cannot be refused, because the owner goes as well. */

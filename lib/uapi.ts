@@ -147,6 +147,7 @@ export const MADV_SOFT_OFFLINE = 101;
 export const MADV_GUARD_INSTALL = 102;
 export const MADV_GUARD_REMOVE = 103;
 export const MS_ASYNC = 1;
+export const MS_INVALIDATE = 2;
 export const MS_SYNC = 4;
 export const MPOL_DEFAULT = 0;
 export const MPOL_PREFERRED = 1;
@@ -193,6 +194,7 @@ export const ERRNO = {
   ENAMETOOLONG: 36,
   ENOSYS: 38,
   ELOOP: 40,
+  ETIME: 62,
   EOVERFLOW: 75,
   EOPNOTSUPP: 95,
   EHWPOISON: 133,

@@ -16,6 +16,15 @@ export interface RunOptions {
 const DEFAULT_TIMEOUT = 10_000;
 const MAX_TIMEOUT = 2 ** 31 - 1;
 
+/** @internal */
+export function timeoutOf(given: RunOptions | undefined): number {
+  const { timeout = DEFAULT_TIMEOUT } = given === undefined ? {} : options('options', given);
+  if (typeof timeout !== 'number') throw typeError('timeout must be a number');
+  if (!(timeout >= 0 && timeout <= MAX_TIMEOUT))
+    throw rangeError(`timeout must be 0 to ${MAX_TIMEOUT} milliseconds, got ${timeout}`);
+  return timeout;
+}
+
 /**
  * A virtual CPU. It stays on the thread that runs it: for more than one, give each a worker.
  *
@@ -28,8 +37,6 @@ export class Vcpu extends Resource {
   readonly #fd: number;
   readonly #decoder: ExitDecoder;
   readonly #registers: RegisterFile;
-  /** When the run in progress began, in an array because a number of its own would be allocated for each run. */
-  readonly #start = new Float64Array(1);
   /** The last memory fault, to notice one that repeats. */
   #fault: { readonly key: string; count: number } | null = null;
 
@@ -51,14 +58,13 @@ export class Vcpu extends Resource {
    *
    * @returns The exit. The objects of port I/O and MMIO are used again by the next run.
    * @throws KvmError `EFAULT` the guest touched host memory that is not mapped, and the kernel says no more · `EBUSY` it runs already ·
-   *   `ENOEXEC` an arm64 vCPU that was not initialised · `UNSUPPORTED` guest code that the software kernel cannot carry out · `ERR_CLOSED`
+   *   `UNSUPPORTED` guest code that the software kernel cannot carry out · `ERR_CLOSED`
    * @see KVM_RUN
    */
   run(given?: RunOptions): Exit {
-    const timeout = this.#timeout(given);
+    const timeout = timeoutOf(given);
     this.assertOpen();
-    this.#start[0] = performance.now();
-    return this.#exit(this.#kernel.run(this.#fd, timeout), timeout);
+    return this.#exit(this.#kernel.run(this.#fd, timeout));
   }
 
   /**
@@ -69,17 +75,16 @@ export class Vcpu extends Resource {
   async runAsync(given?: RunOptions & { readonly signal?: AbortSignal }): Promise<Exit> {
     const { signal } = given === undefined ? {} : options('options', given);
     if (signal !== undefined) abortSignal('signal', signal);
-    const timeout = this.#timeout(given);
+    const timeout = timeoutOf(given);
     signal?.throwIfAborted();
     this.assertOpen();
-    this.#start[0] = performance.now();
     const kick = (): void => void this.#kernel.kick(this.#fd);
     signal?.addEventListener('abort', kick, { once: true });
     try {
       const result = await this.#kernel.runAsync(this.#fd, timeout);
       signal?.throwIfAborted();
       this.assertOpen();
-      return this.#exit(result, timeout);
+      return this.#exit(result);
     } finally {
       signal?.removeEventListener('abort', kick);
     }
@@ -130,25 +135,17 @@ export class Vcpu extends Resource {
     return { kernel: this.#kernel, fd: this.#fd, vm: this.#vm };
   }
 
-  #timeout(given: RunOptions | undefined): number {
-    const { timeout = DEFAULT_TIMEOUT } = given === undefined ? {} : options('options', given);
-    if (typeof timeout !== 'number') throw typeError('timeout must be a number');
-    if (!(timeout >= 0 && timeout <= MAX_TIMEOUT))
-      throw rangeError(`timeout must be 0 to ${MAX_TIMEOUT} milliseconds, got ${timeout}`);
-    return timeout;
-  }
-
-  #exit(result: Result, timeout: number): Exit {
+  #exit(result: Result): Exit {
     if (result >= 0) {
       this.#fault = null;
       return this.#decoder.decode();
     }
-    if (result === -ERRNO.EINTR)
-      return { reason: performance.now() - (this.#start[0] as number) >= timeout ? 'timeout' : 'interrupted' };
+    if (result === -ERRNO.EINTR) return { reason: this.#kernel.deadlinePassed(this.#fd) ? 'timeout' : 'interrupted' };
     // Only an errno of a fault makes the reason in kvm_run believable: it may be left over. Contract §13.1.
     const faults: readonly number[] = [-ERRNO.EFAULT, -ERRNO.EHWPOISON, -ERRNO.ENOMEM];
     if (faults.includes(result) && this.#decoder.reason === KVM_EXIT.MEMORY_FAULT) return this.#memoryFault(result);
     if (result === -ERRNO.EOPNOTSUPP) throw KvmError.unsupported(this.#kernel.explain() ?? 'unknown guest code');
+    if (result === -ERRNO.EBADF) throw KvmError.closed(`the VM of vCPU ${this.id}, by the thread that created it,`);
     throw this.#error(
       result,
       'KVM_RUN',

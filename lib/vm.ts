@@ -1,22 +1,30 @@
+import { types } from 'node:util';
+import { AttachedMemory } from './attached_memory.ts';
 import { type VmCapabilities, vmCapabilities } from './capabilities.ts';
-import { Conversion, type ConversionReport, type ConvertOptions } from './conversion.ts';
+import { Conversion, type ConversionOwner, type ConversionReport, type ConvertOptions } from './conversion.ts';
 import { KvmError, systemError } from './errors.ts';
 import { formatBytes, formatRange } from './format.ts';
 import { GuestMemfd } from './guest_memfd.ts';
 import { GuestMemory } from './guest_memory.ts';
 import type { GuestRange, Visibility } from './guest_range.ts';
-import type { Kernel, Result } from './kernel/kernel.ts';
-import type { BackendName, Kvm } from './kvm.ts';
-import { capabilityNumber } from './kvm.ts';
+import { Holds } from './holds.ts';
+import { HostMemory } from './host_memory.ts';
+import type { Kernel, MemoryAttributesArgs, Result } from './kernel/kernel.ts';
+import { linuxKernel } from './kernel/linux/linux_kernel.ts';
+import { type BackendName, capabilityNumber, Kvm, shareError } from './kvm.ts';
 import { MemoryAttributes } from './memory_attributes.ts';
+import { MemoryUser, type MemoryUserOptions } from './memory_user.ts';
 import { Memslot, type MemslotOptions, type SlotOwner } from './memslot.ts';
+import { fileInPlace, PrivatePages } from './private_pages.ts';
 import { RangeMap } from './ranges.ts';
 import { ReadOnlyMap } from './read_only_map.ts';
 import { closing, guardConstructor, internal, Resource } from './resource.ts';
-import { GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_MEMORY_ATTRIBUTE_PRIVATE } from './uapi.ts';
-import { boolean, guestRange, integer, options, rangeError, typeError } from './validate.ts';
+import { ERRNO, GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_MEMORY_ATTRIBUTE_PRIVATE } from './uapi.ts';
+import { boolean, guestRange, integer, oneOf, options, rangeError, typeError } from './validate.ts';
 import { Vcpu } from './vcpu.ts';
-import type { VmType } from './vm_type.ts';
+import { initialise } from './vcpu_setup.ts';
+import { JournalReader, JournalWriter } from './vm_journal.ts';
+import { type VmType, vmTypeNames } from './vm_type.ts';
 
 export interface GuestMemfdOptions {
   /** Bytes, page-aligned; fixed for life. */
@@ -27,6 +35,14 @@ export interface GuestMemfdOptions {
   readonly initShared?: boolean;
   /** More flags by their bits, for kernels newer than this library. */
   readonly flags?: bigint;
+}
+
+/** A VM for another thread: see Vm.attach(). */
+export interface VmHandle {
+  readonly kvm: number;
+  readonly vm: number;
+  readonly type: VmType;
+  readonly journal: SharedArrayBuffer;
 }
 
 export interface VmDescription {
@@ -43,6 +59,9 @@ export interface VmDescription {
   readonly residentBytes: { readonly shared: number; readonly private: number };
 }
 
+/** Those that other threads may have. */
+const shared = new Set<Vm>();
+
 /**
  * A virtual machine: guest memory in memslots, the files behind it, and what of it is private.
  *
@@ -52,42 +71,138 @@ export class Vm extends Resource {
   readonly type: VmType;
   /** The Kvm that created it. */
   readonly kvm: Kvm;
-  readonly attributes: MemoryAttributes;
   readonly memory: GuestMemory;
-  /** By slot number; live. */
-  readonly memslots: ReadonlyMap<number, Memslot>;
   readonly #kernel: Kernel;
   readonly #fd: number;
-  readonly #owner: SlotOwner;
-  /** Ranges that a conversion is working on, or will. */
-  readonly #converting = new Set<Conversion>();
-  #lastConversion: Promise<unknown> = Promise.resolve();
+  readonly #owner: SlotOwner & ConversionOwner;
+  readonly #attributes: MemoryAttributes;
+  readonly #private: PrivatePages;
+  /** For the threads that look on. */
+  #journal: JournalWriter | null = null;
+  readonly #memslots: ReadonlyMap<number, Memslot>;
+  readonly #users = new Set<MemoryUser>();
+  /** Where another thread created the VM: its handle, and the memory as that thread made it. */
+  readonly #attached: { readonly handle: VmHandle; readonly memory: AttachedMemory } | null;
+  /** Conversions at work, or waiting for others, in the order they were asked for; and when each has ended. */
+  readonly #converting = new Map<Conversion, Promise<unknown>>();
   #capabilities: VmCapabilities | null = null;
   #nextVcpu = 0;
 
   /** @internal */
-  constructor(token: typeof internal, kvm: Kvm, kernel: Kernel, fd: number, type: VmType) {
+  constructor(
+    token: typeof internal,
+    kvm: Kvm,
+    kernel: Kernel,
+    fd: number,
+    type: VmType,
+    handle: VmHandle | null = null,
+  ) {
     guardConstructor(token, 'kvm.createVm()');
     super(kvm, `VM (fd ${fd})`, closing(kernel, fd));
     this.kvm = kvm;
     this.type = type;
     this.#kernel = kernel;
     this.#fd = fd;
+    const gfns = new RangeMap<true>();
+    const privatePages = new PrivatePages(kernel, kernel.privateGfns(fd) ?? gfns);
+    this.#private = privatePages;
+    const set = (args: MemoryAttributesArgs, result: Result): Result => this.#attributesSet(args, result);
     this.#owner = {
       vm: this,
       kernel,
       fd,
       assertOpen: () => this.assertOpen(),
+      assertOwn: () => this.#assertOwn(),
+      setAttributes: (args) => set(args, kernel.setMemoryAttributes(fd, args)),
+      setAttributesAsync: async (args) => set(args, await kernel.setMemoryAttributesAsync(fd, args)),
+      converted: (range, to) => this.#changed(range, to === 'private'),
+      appeared: (slot) => {
+        privatePages.slotAppeared(slot);
+        this.#journal?.memslot(slot);
+        if (fileInPlace(slot)) this.#journal?.rewrite();
+      },
+      disappeared: (slot) => {
+        privatePages.slotDisappeared(slot);
+        this.#journal?.memslotGone(slot.slot);
+        if (fileInPlace(slot)) this.#journal?.rewrite();
+      },
       assertIdle: (address, size) => this.#assertIdle(address, size),
       detachViews: (address, size) => this.memory.detachViews(address, size),
       slots: new Map(),
       byAddress: new RangeMap(),
+      users: this.#users,
+      holds: new Holds(),
       firstFree: [],
     };
-    this.memslots = new ReadOnlyMap(this.#owner.slots);
-    this.attributes = new MemoryAttributes(internal, kernel.privateGfns(fd) ?? new RangeMap<true>(), kernel.pageSize);
+    this.#memslots = new ReadOnlyMap(this.#owner.slots);
+    this.#attributes = new MemoryAttributes(internal, () => privatePages.gfns, kernel.pageSize);
     this.memory = new GuestMemory(internal, this.#owner);
+    this.#attached = handle && {
+      handle,
+      memory: new AttachedMemory(this.#owner, gfns, new JournalReader(handle.journal)),
+    };
     Object.freeze(this);
+  }
+
+  /**
+   * The VM of another thread of this process, by the handle that thread posted. It can do what the thread needs that runs one of its vCPUs:
+   * create vCPUs, look at memslots and attributes, read and write guest memory, all as the other thread keeps changing them (a view taken here
+   * is detached at the next call that looks). Memslots, files and attributes are changed where the VM was created, and `UNSUPPORTED` here. Closing
+   * it lets go of this thread's part, its Kvm included; once the other thread closes the VM, runs here end and every call is `ERR_CLOSED`.
+   *
+   * @throws KvmError `ERR_CLOSED` the VM is closed, or it is another process's · TypeError for what is no handle
+   */
+  static attach(handle: VmHandle): Vm {
+    const { kvm: kvmShare, vm: vmShare, type, journal } = options('handle', handle);
+    const shares = [integer('handle.kvm', kvmShare), integer('handle.vm', vmShare)] as const;
+    oneOf('handle.type', type, vmTypeNames);
+    if (!types.isSharedArrayBuffer(journal) || !JournalReader.canRead(journal))
+      throw typeError('handle.journal is no journal: pass on `vm.handle` as it is');
+    const kernel = linuxKernel();
+    const kvm = Kvm.attach(internal, kernel, shares[0]);
+    const fd = kernel.takeFile(shares[1], 'vm');
+    if (fd >= 0) return new Vm(internal, kvm, kernel, fd, type, { kvm: shares[0], vm: shares[1], type, journal });
+    kvm.close();
+    throw KvmError.closed('the VM of this handle');
+  }
+
+  /**
+   * What another thread of this process needs for Vm.attach(): plain data, for postMessage() or workerData. From now on the VM stays until it is
+   * closed, or its thread ends.
+   *
+   * @throws KvmError `UNSUPPORTED` on the software kernel, which lives on one thread · `ERR_CLOSED`
+   */
+  get handle(): VmHandle {
+    this.assertOpen();
+    if (this.#attached) return this.#attached.handle;
+    const [kvm, vm] = [this.kvm.share(), this.#shared(this.#kernel.shareFile(this.#fd), 'the VM')];
+    // Its memory must not go before it, as the garbage collector might have it.
+    shared.add(this);
+    this.#journal ??= new JournalWriter({
+      slots: this.#owner.slots,
+      privateGfns: () => this.#private.gfns,
+      shareOf: (memory) =>
+        HostMemory.is(memory)
+          ? this.#shared(this.#kernel.shareMapping(memory.backing.mapping), 'host memory')
+          : this.#shared(this.#kernel.shareFile(memory.backing.fd), 'a guest_memfd'),
+    });
+    return { kvm, vm, type: this.type, journal: this.#journal.buffer };
+  }
+
+  /** Whether close() was called; of an attached VM also whether the thread that created it closed it. */
+  override get closed(): boolean {
+    return super.closed || this.#hasEnded;
+  }
+
+  get attributes(): MemoryAttributes {
+    this.#attached?.memory.follow();
+    return this.#attributes;
+  }
+
+  /** By slot number; live. */
+  get memslots(): ReadonlyMap<number, Memslot> {
+    this.#attached?.memory.follow();
+    return this.#memslots;
   }
 
   /** What this VM can do, asked of its fd once. */
@@ -99,7 +214,9 @@ export class Vm extends Resource {
 
   /** The slot of address space 0 that holds a guest physical address. */
   memslotAt(address: number): Memslot | undefined {
-    return this.#owner.byAddress.get(integer('address', address));
+    const at = integer('address', address);
+    this.#attached?.memory.follow();
+    return this.#owner.byAddress.get(at);
   }
 
   /**
@@ -130,6 +247,7 @@ export class Vm extends Resource {
       BigInt(boolean('mmap', mmap) ? GUEST_MEMFD_FLAG_MMAP : 0) |
       BigInt(boolean('initShared', initShared) ? GUEST_MEMFD_FLAG_INIT_SHARED : 0);
     this.assertOpen();
+    this.#assertOwn();
     this.#assertGuestMemfd(mmap, initShared);
     const args = { size, flags: wanted };
     const fd = this.#check(this.#kernel.createGuestMemfd(this.#fd, args), 'KVM_CREATE_GUEST_MEMFD', args);
@@ -148,17 +266,26 @@ export class Vm extends Resource {
   }
 
   /**
-   * Adds a virtual CPU.
+   * Adds a virtual CPU with every feature that KVM can give it: on x86_64 the CPUID it supports, on aarch64 the preferred target with PSCI 0.2.
    *
-   * @param id The lowest free number when omitted.
+   * @param id The lowest free number when omitted. A number is taken until the VM is closed, also when its vCPU is.
    * @throws KvmError `EEXIST` the id is taken · `EINVAL` it is too large · `ERR_CLOSED`
-   * @see KVM_CREATE_VCPU
+   * @see KVM_CREATE_VCPU; KVM_GET_SUPPORTED_CPUID, KVM_SET_CPUID2; KVM_ARM_PREFERRED_TARGET, KVM_ARM_VCPU_INIT
    */
   createVcpu(id?: number): Vcpu {
-    const number = id === undefined ? this.#nextVcpu : integer('id', id, 0, 0x7fffffff);
+    let number = id === undefined ? this.#nextVcpu : integer('id', id, 0, 0x7fffffff);
     this.assertOpen();
-    const fd = this.#check(this.#kernel.createVcpu(this.#fd, number), 'KVM_CREATE_VCPU', { id: number });
+    let result = this.#kernel.createVcpu(this.#fd, number);
+    // Other threads may have taken numbers too.
+    while (id === undefined && result === -ERRNO.EEXIST) result = this.#kernel.createVcpu(this.#fd, ++number);
+    const fd = this.#check(result, 'KVM_CREATE_VCPU', { id: number });
     this.#nextVcpu = Math.max(this.#nextVcpu, number + 1);
+    try {
+      initialise(this.#kernel, this.#fd, fd);
+    } catch (error) {
+      this.#kernel.close(fd);
+      throw error;
+    }
     return new Vcpu(internal, this, this.#kernel, fd, number);
   }
 
@@ -174,37 +301,40 @@ export class Vm extends Resource {
     const { address, size } = guestRange('range', range);
     const secret = boolean('attributes.private', options('attributes', attributes).private);
     this.assertOpen();
+    this.#assertOwn();
     if (this.capabilities.memoryAttributes === 0n) {
       throw KvmError.unsupported(`VMs of type '${this.type}' have no private memory (KVM_CAP_MEMORY_ATTRIBUTES is 0)`);
     }
     this.#assertIdle(address, size);
     const args = { address, size, attributes: secret ? KVM_MEMORY_ATTRIBUTE_PRIVATE : 0, flags: 0 };
-    this.#check(this.#kernel.setMemoryAttributes(this.#fd, args), 'KVM_SET_MEMORY_ATTRIBUTES', args);
+    this.#check(this.#owner.setAttributes(args), 'KVM_SET_MEMORY_ATTRIBUTES', args);
     if (secret) this.memory.detachViews(address, size);
   }
 
   /**
-   * Converts guest memory to private or shared: sets the attribute, and gives the memory of the other side back to the host, so that no byte is
-   * held twice. The kernel works page by page and cannot be interrupted, so this goes in chunks, on another thread; conversions of one VM take
-   * place one after the other. If anything fails before the last chunk, or the signal aborts, all the guest and the host can see is as it was (with
-   * `content: 'zero'` the side that was about to appear is empty by then).
+   * Converts guest memory to private or shared: asks whoever uses it, sets the attribute, gives the memory of the other side back to the host,
+   * so that no byte is held twice, and tells the users. The kernel works page by page and cannot be interrupted, so this goes in chunks, on another
+   * thread; conversions of the same memory take place in the order they were asked for. If anything fails before the last chunk, a user says no, or
+   * the signal aborts, all the guest and the host can see is as it was (with `content: 'zero'` the side that was about to appear is empty by then).
    *
    * @param range Guest physical addresses, page-aligned. Parts without a memslot only get the attribute.
-   * @throws KvmError `UNSUPPORTED` no private memory here, or content that nobody can preserve · `EAGAIN` a page is pinned (`errorOffset`: the
-   *   file offset) · `EINVAL` a memslot without memory for the side that would appear · `ERR_CLOSED` · the signal's reason
+   * @throws KvmError `UNSUPPORTED` no private memory here, or content that nobody can preserve · `EAGAIN` somebody uses a page: a pin
+   *   (`errorOffset`: the file offset), a hold (the guest address), a veto; `args.holders` has the names · `EINVAL` a memslot without memory
+   *   for the side that would appear · `ERR_CLOSED` · the signal's reason · what a user threw
    */
   async convert(range: GuestRange, to: Visibility, given?: ConvertOptions): Promise<ConversionReport> {
     const conversion = new Conversion(this.#owner, guestRange('range', range), to, given);
     this.assertOpen();
-    this.#converting.add(conversion);
-    const before = this.#lastConversion;
-    const result = conversion.runAfter(before);
-    this.#lastConversion = Promise.allSettled([before, result]);
-    try {
-      return await result;
-    } finally {
-      this.#converting.delete(conversion);
-    }
+    this.#assertOwn();
+    const { address, size } = conversion.range;
+    const result = conversion.runAfter(Promise.all(this.#conversionsOf(address, size).map(([, ended]) => ended)));
+    const ended = result.then(
+      () => this.#converting.delete(conversion),
+      () => this.#converting.delete(conversion),
+    );
+    this.#converting.set(conversion, ended);
+    await ended;
+    return result;
   }
 
   /**
@@ -216,13 +346,26 @@ export class Vm extends Resource {
     const { address, size } = guestRange('range', range);
     const conversion = new Conversion(this.#owner, { address, size }, to, given);
     this.assertOpen();
+    this.#assertOwn();
     this.#assertIdle(address, size);
-    this.#converting.add(conversion);
+    this.#converting.set(conversion, Promise.resolve());
     try {
       return conversion.runSync();
     } finally {
       this.#converting.delete(conversion);
     }
+  }
+
+  /**
+   * Registers a user of guest memory besides the guest: a device with DMA, another process. It is asked before memory changes sides, and told the
+   * outcome; what it holds stays on its side.
+   *
+   * @throws KvmError `UNSUPPORTED` not on the thread that created the VM · `ERR_CLOSED` · TypeError
+   */
+  addMemoryUser(user: MemoryUserOptions): MemoryUser {
+    this.#assertOwn();
+    const { vm, holds, assertOpen, assertIdle } = this.#owner;
+    return MemoryUser.add(internal, { vm, users: this.#users, holds, assertOpen, assertIdle }, user);
   }
 
   /** What there is, as plain data: every memslot, and the bytes really held. */
@@ -248,25 +391,84 @@ export class Vm extends Resource {
     };
   }
 
-  /** Removes every memslot, closes every guest_memfd of the VM, and the VM. */
+  /**
+   * Removes every memslot, closes every guest_memfd of the VM, and the VM. Other threads that have it too find it closed; runs of its vCPUs
+   * end.
+   */
   override close(): void {
-    if (this.closed) return;
-    for (const slot of [...this.memslots.values()]) slot.removedWithVm();
+    if (super.closed) return;
+    this.#journal?.end();
+    this.#journal = null;
+    shared.delete(this);
+    for (const slot of [...this.#memslots.values()]) slot.gone();
     super.close();
+    if (this.#attached) this.kvm.close();
+  }
+
+  protected override assertOpen(): void {
+    super.assertOpen();
+    if (this.#hasEnded) throw KvmError.closed('the VM, by the thread that created it,');
+  }
+
+  protected override get usesOthers(): boolean {
+    return true;
+  }
+
+  /** Closed by the thread that created it, or that thread has ended. */
+  get #hasEnded(): boolean {
+    if (!this.#attached) return false;
+    const { memory, handle } = this.#attached;
+    return memory.ended || !this.#kernel.isShared(handle.vm);
   }
 
   /** @internal */
   get backing() {
-    return { kernel: this.#kernel, fd: this.#fd };
+    return { kernel: this.#kernel, fd: this.#fd, assertOwn: () => this.#assertOwn() };
+  }
+
+  #assertOwn(): void {
+    if (this.#attached)
+      throw KvmError.unsupported(
+        'the memory of a VM is changed on the thread that created it: ask it to, by a message',
+      );
+  }
+
+  #shared(share: Result, what: string): number {
+    if (share < 0) throw shareError(this.#kernel, share, what);
+    return share;
+  }
+
+  #attributesSet({ address, size, attributes }: MemoryAttributesArgs, result: Result): Result {
+    if (result < 0) return result;
+    // Slots that are converted in place have a state of their own.
+    const [start, end] = [Number(address), Number(address) + Number(size)];
+    let at = start;
+    for (const piece of this.#owner.byAddress.within(start, end)) {
+      if (!fileInPlace(piece.value)) continue;
+      if (piece.start > at) this.#changed({ address: at, size: piece.start - at }, Boolean(attributes));
+      at = piece.end;
+    }
+    if (at < end) this.#changed({ address: at, size: end - at }, Boolean(attributes));
+    return result;
+  }
+
+  #changed({ address, size }: GuestRange, isPrivate: boolean): void {
+    const { pageSize } = this.#kernel;
+    this.#private.set(address / pageSize, (address + size) / pageSize, isPrivate);
+    this.#journal?.attributes(address / pageSize, (address + size) / pageSize, isPrivate);
+  }
+
+  #conversionsOf(address: number, size: number): [Conversion, Promise<unknown>][] {
+    return [...this.#converting].filter(
+      ([{ range }]) => range.address < address + size && address < range.address + range.size,
+    );
   }
 
   #assertIdle(address: number, size: number): void {
-    for (const { range } of this.#converting) {
-      if (range.address < address + size && address < range.address + range.size) {
-        const message = `a conversion of ${formatRange(range.address, range.size)} is at work: await it first`;
-        throw new KvmError({ code: 'EBUSY', message });
-      }
-    }
+    const [at] = this.#conversionsOf(address, size).find(([conversion]) => !conversion.settled) ?? [];
+    if (!at) return;
+    const message = `a conversion of ${formatRange(at.range.address, at.range.size)} is at work: await it first`;
+    throw new KvmError({ code: 'EBUSY', message });
   }
 
   /** Flags and VM types that the kernel would answer with a bare EINVAL or ENOTTY. */

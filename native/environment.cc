@@ -4,7 +4,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "interrupt.h"
+#include "share.h"
 #include "syscall.h"
 #include "vcpu_run.h"
 
@@ -27,6 +30,12 @@ void FinalizeWindow(napi_env env, void*, void* hint) {
 
 }  // namespace
 
+void Memory::Release() {
+  if (--references > 0) return;
+  munmap(address, length);
+  delete this;
+}
+
 void Settle(Mapping* mapping) {
   if (mapping->open || mapping->calls > 0) return;
   bool reachable = false;
@@ -34,8 +43,8 @@ void Settle(Mapping* mapping) {
   if (reachable) {
     // ArrayBuffer.prototype.transfer() has moved a window into an ArrayBuffer we do not know. It must not see the
     // memory any more, but a touch must not be a signal either: zero pages take the place until the backing store is
-    // gone.
-    if (!mapping->blanked) {
+    // gone. Memory that another thread has is left to it.
+    if (!mapping->blanked && mapping->memory->references == 1) {
       mmap(mapping->address, mapping->length, PROT_READ | PROT_WRITE,
            MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       mapping->blanked = true;
@@ -43,7 +52,7 @@ void Settle(Mapping* mapping) {
     return;
   }
   if (mapping->mapped) {
-    munmap(mapping->address, mapping->length);
+    mapping->memory->Release();
     mapping->mapped = false;
   }
   if (mapping->windows.empty()) delete mapping;
@@ -70,6 +79,10 @@ void Environment::CleanUp(void* self) {
   napi_handle_scope scope = nullptr;
   napi_open_handle_scope(environment.env_, &scope);
   for (size_t fd = 0; fd < environment.vcpus_.size(); fd++) environment.RemoveVcpu(static_cast<int>(fd));
+  // Before the mappings: a VM that lives on in another thread must not show them to its guest.
+  for (size_t fd = 0; fd < environment.fds_.size(); fd++) {
+    if (environment.fds_[fd]) Shares::Get().WithdrawFile(&environment, static_cast<int>(fd));
+  }
   for (size_t handle = 0; handle < environment.mappings_.size(); handle++) environment.RemoveMapping(handle);
   napi_close_handle_scope(environment.env_, scope);
   for (size_t fd = 0; fd < environment.fds_.size(); fd++) {
@@ -93,13 +106,36 @@ bool Environment::Disown(int fd) {
   const size_t index = static_cast<size_t>(fd);
   if (fd < 0 || index >= fds_.size() || !fds_[index]) return false;
   fds_[index] = false;
+  for (size_t known = origins_.size(); known-- > 0;) {
+    if (origins_[known].first == fd) origins_.erase(origins_.begin() + static_cast<ptrdiff_t>(known));
+  }
   return true;
 }
 
-int64_t Environment::AddMapping(void* address, size_t length) {
-  Mapping* mapping = new Mapping;
-  mapping->address = static_cast<uint8_t*>(address);
-  mapping->length = length;
+void Environment::SetOrigin(int fd, uint64_t number) { origins_.emplace_back(fd, number); }
+
+uint64_t Environment::Origin(int fd) const {
+  for (const auto& [taken, number] : origins_) {
+    if (taken == fd) return number;
+  }
+  return 0;
+}
+
+// A call that could run JavaScript is refused once the thread is to end. This one cannot: nobody can put a Proxy behind
+// Object.prototype.
+bool Environment::IsStopping() const {
+  napi_handle_scope scope = nullptr;
+  napi_value object = nullptr;
+  bool unused = false;
+  napi_open_handle_scope(env_, &scope);
+  const bool stopping =
+      napi_create_object(env_, &object) != napi_ok || napi_has_named_property(env_, object, "0", &unused) != napi_ok;
+  napi_close_handle_scope(env_, scope);
+  return stopping;
+}
+
+int64_t Environment::AddMapping(Memory* memory) {
+  Mapping* mapping = new Mapping(memory);
   if (free_handles_.empty()) {
     mappings_.push_back(mapping);
     return static_cast<int64_t>(mappings_.size() - 1);
@@ -121,6 +157,10 @@ int64_t Environment::RemoveMapping(uint64_t handle) {
   if (mapping == nullptr) return -ENOMEM;
   mappings_[static_cast<size_t>(handle)] = nullptr;
   free_handles_.push_back(static_cast<uint32_t>(handle));
+  const auto same = [=](const Mapping* other) { return other != nullptr && other->memory == mapping->memory; };
+  if (mapping->memory->references == 1 || std::none_of(mappings_.begin(), mappings_.end(), same)) {
+    Shares::Get().WithdrawMemory(this, mapping->memory);
+  }
   CloseMapping(mapping);
   return 0;
 }

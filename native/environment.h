@@ -6,9 +6,11 @@
 #include <node_api.h>
 #include <sys/types.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "command.h"
@@ -37,11 +39,23 @@ struct Window {
   bool detached;  // by us, hence out of reach of JavaScript
 };
 
-// Memory mapped by mmap(2). It outlives its handle while a call on another thread uses it or JavaScript may still reach
-// it.
+// Memory mapped by mmap(2), for as long as an environment has a mapping of it.
+struct Memory {
+  uint8_t* const address;
+  const size_t length;  // whole pages
+  std::atomic<uint32_t> references{1};
+
+  void Release();
+};
+
+// A mapping of an environment. It outlives its handle while a call on another thread uses it or JavaScript may still
+// reach it.
 struct Mapping {
-  uint8_t* address;
-  size_t length;  // whole pages
+  explicit Mapping(Memory* memory) : memory(memory), address(memory->address), length(memory->length) {}
+
+  Memory* const memory;
+  uint8_t* const address;
+  const size_t length;
   bool open = true;
   bool mapped = true;
   bool blanked = false;
@@ -66,8 +80,15 @@ class Environment {
   int64_t Own(int64_t fd);
   // Forgets a file descriptor; false if it is not one of ours.
   bool Disown(int fd);
+  bool Owns(int fd) const { return static_cast<size_t>(fd) < fds_.size() && fds_[static_cast<size_t>(fd)]; }
+  // The number that a file of another environment was taken by; 0 for our own.
+  void SetOrigin(int fd, uint64_t number);
+  uint64_t Origin(int fd) const;
+  // Whether the thread is to end, so that whoever keeps it must let go.
+  bool IsStopping() const;
 
-  int64_t AddMapping(void* address, size_t length);
+  // Takes over a reference to the memory.
+  int64_t AddMapping(Memory* memory);
   // Null for a handle that is not in use.
   Mapping* FindMapping(uint64_t handle) const {
     return handle < mappings_.size() ? mappings_[static_cast<size_t>(handle)] : nullptr;
@@ -117,6 +138,7 @@ class Environment {
   Command command_;
   napi_ref command_buffer_ = nullptr;
   std::vector<bool> fds_;
+  std::vector<std::pair<int, uint64_t>> origins_;
   std::vector<Mapping*> mappings_;
   std::vector<uint32_t> free_handles_;
   std::vector<Vcpu*> vcpus_;  // by fd

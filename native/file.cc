@@ -9,6 +9,7 @@
 
 #include "calls.h"
 #include "job.h"
+#include "share.h"
 #include "syscall.h"
 #include "uapi.h"
 
@@ -147,6 +148,7 @@ int64_t Close(Environment& environment) {
   const int fd = environment.command().i32(0);
   if (!environment.Disown(fd)) return -EBADF;
   environment.RemoveVcpu(fd);
+  Shares::Get().WithdrawFile(&environment, fd);
   return Syscall(SYS_close, fd);
 }
 

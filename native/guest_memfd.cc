@@ -19,8 +19,17 @@ int64_t CreateGuestMemfd(Environment& environment) {
   return fd;
 }
 
+// KVM_SET_MEMORY_ATTRIBUTES2, as proposed. command: [gmem, offset, size, attributes, flags] → [error_offset]
+int64_t SetMemoryAttributes2(const Command& command) {
+  uapi::MemoryAttributes2 args = {command.u64(1), command.u64(2), command.u64(3), command.u64(4), 0, {}};
+  const int64_t result = Syscall(SYS_ioctl, command.i32(0), uapi::kSetMemoryAttributes2, &args);
+  command.Set(0, args.error_offset);
+  return result;
+}
+
 constexpr Function kTable[] = {
     {"createGuestMemfd", Invoke<CreateGuestMemfd>},
+    {"setMemoryAttributes2", Invoke<SetMemoryAttributes2>},
 };
 
 }  // namespace

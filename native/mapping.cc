@@ -66,7 +66,7 @@ int64_t Mmap(Environment& environment) {
   void* address = mmap(nullptr, length, command.i32(1), flags, fd, command.i64(4));
   if (address == MAP_FAILED) return -errno;
   const size_t page = PageSizeOf(flags, fd);
-  return environment.AddMapping(address, (length + page - 1) / page * page);
+  return environment.AddMapping(new Memory{static_cast<uint8_t*>(address), (length + page - 1) / page * page});
 }
 
 // command: [mapping]; then words: [address]

@@ -71,6 +71,19 @@ static_assert(sizeof(MemoryAttributes) == 32);
 static_assert(offsetof(MemoryAttributes, address) == 0 && offsetof(MemoryAttributes, size) == 8);
 static_assert(offsetof(MemoryAttributes, attributes) == 16 && offsetof(MemoryAttributes, flags) == 24);
 
+struct MemoryAttributes2 {
+  uint64_t offset;
+  uint64_t size;
+  uint64_t attributes;
+  uint64_t flags;
+  uint64_t error_offset;
+  uint64_t reserved[11];
+};
+static_assert(sizeof(MemoryAttributes2) == 128);
+static_assert(offsetof(MemoryAttributes2, offset) == 0 && offsetof(MemoryAttributes2, size) == 8);
+static_assert(offsetof(MemoryAttributes2, attributes) == 16 && offsetof(MemoryAttributes2, flags) == 24);
+static_assert(offsetof(MemoryAttributes2, error_offset) == 32 && offsetof(MemoryAttributes2, reserved) == 40);
+
 struct DirtyLog {
   uint32_t slot;
   uint32_t padding1;
@@ -136,7 +149,11 @@ static_assert(offsetof(DeviceAttr, group) == 4 && offsetof(DeviceAttr, attr) == 
 constexpr uint32_t kRegisterSizeShift = 52;
 constexpr uint32_t kRegisterSizeMask = 15;
 
+constexpr int kCapNrMemslots = 10;
+constexpr int kCapMultiAddressSpace = 118;
+
 constexpr uint32_t kCreateVm = kKvm << 8 | 0x01;
+constexpr uint32_t kCheckExtension = kKvm << 8 | 0x03;
 constexpr uint32_t kGetVcpuMmapSize = kKvm << 8 | 0x04;
 constexpr uint32_t kCreateVcpu = kKvm << 8 | 0x41;
 constexpr uint32_t kRun = kKvm << 8 | 0x80;
@@ -146,6 +163,7 @@ constexpr uint32_t kGetDirtyLog = Request<DirtyLog>(kWrite, kKvm, 0x42);
 constexpr uint32_t kClearDirtyLog = Request<ClearDirtyLog>(kWrite | kRead, kKvm, 0xc0);
 constexpr uint32_t kEnableCap = Request<EnableCap>(kWrite, kKvm, 0xa3);
 constexpr uint32_t kSetMemoryAttributes = Request<MemoryAttributes>(kWrite, kKvm, 0xd2);
+constexpr uint32_t kSetMemoryAttributes2 = Request<MemoryAttributes2>(kWrite | kRead, kKvm, 0xd2);
 constexpr uint32_t kCreateGuestMemfd = Request<CreateGuestMemfd>(kWrite | kRead, kKvm, 0xd4);
 constexpr uint32_t kPreFaultMemory = Request<PreFaultMemory>(kWrite | kRead, kKvm, 0xd5);
 constexpr uint32_t kGetOneReg = Request<OneReg>(kWrite, kKvm, 0xab);
@@ -155,7 +173,7 @@ constexpr uint32_t kSetDeviceAttr = Request<DeviceAttr>(kWrite, kKvm, 0xe1);
 constexpr uint32_t kGetDeviceAttr = Request<DeviceAttr>(kWrite, kKvm, 0xe2);
 constexpr uint32_t kHasDeviceAttr = Request<DeviceAttr>(kWrite, kKvm, 0xe3);
 static_assert(kCreateVm == 0xae01);
-static_assert(kGetVcpuMmapSize == 0xae04 && kCreateVcpu == 0xae41 && kRun == 0xae80);
+static_assert(kCheckExtension == 0xae03 && kGetVcpuMmapSize == 0xae04 && kCreateVcpu == 0xae41 && kRun == 0xae80);
 static_assert(kPreFaultMemory == 0xc040aed5);
 static_assert(kGetOneReg == 0x4010aeab && kSetOneReg == 0x4010aeac);
 static_assert(kCreateDevice == 0xc00caee0);
@@ -166,6 +184,7 @@ static_assert(kGetDirtyLog == 0x4010ae42);
 static_assert(kClearDirtyLog == 0xc018aec0);
 static_assert(kEnableCap == 0x4068aea3);
 static_assert(kSetMemoryAttributes == 0x4020aed2);
+static_assert(kSetMemoryAttributes2 == 0xc080aed2);
 static_assert(kCreateGuestMemfd == 0xc040aed4);
 
 struct UffdioApi {

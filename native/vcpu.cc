@@ -5,22 +5,22 @@
 #include <unistd.h>
 
 #include "calls.h"
+#include "share.h"
 #include "syscall.h"
 #include "uapi.h"
 #include "vcpu_run.h"
 
 namespace {
 
-int64_t AddVcpu(Environment& environment, int fd, size_t size) {
+int64_t AddVcpu(Environment& environment, int fd, size_t size, uint64_t origin) {
   void* address = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (address == MAP_FAILED) return -errno;
-  Mapping* page = new Mapping;
-  page->address = static_cast<uint8_t*>(address);
-  page->length = size;
-  Vcpu* vcpu = new Vcpu(fd, page);
+  Vcpu* vcpu = new Vcpu(fd, new Mapping(new Memory{static_cast<uint8_t*>(address), size}), origin);
   environment.AddVcpu(vcpu);
   const int64_t result = Watch(vcpu);
   if (result < 0) environment.RemoveVcpu(fd);
+  // Its VM was closed where it comes from before there was anything to stop.
+  if (result == 0 && origin != 0 && !Shares::Get().Has(origin)) vcpu->StopIfFrom(origin);
   return result;
 }
 
@@ -30,7 +30,9 @@ int64_t CreateVcpu(Environment& environment) {
   const int64_t size = RunPageSize(-1);
   const int64_t fd = Syscall(SYS_ioctl, command.i32(0), uapi::kCreateVcpu, command.u64(1));
   if (fd < 0) return fd;
-  const int64_t result = size < 0 ? size : AddVcpu(environment, static_cast<int>(fd), static_cast<size_t>(size));
+  const uint64_t origin = environment.Origin(command.i32(0));
+  const int64_t result =
+      size < 0 ? size : AddVcpu(environment, static_cast<int>(fd), static_cast<size_t>(size), origin);
   if (result == 0) return environment.Own(fd);
   close(static_cast<int>(fd));
   return result;
@@ -43,7 +45,7 @@ int64_t Run(Environment& environment) {
   Vcpu* vcpu = environment.FindVcpu(command.i32(0));
   if (vcpu == nullptr) return -EBADF;
   const uint64_t time = command.u64(1);
-  return vcpu->Run(environment.RunnerThread(), time == 0 ? 0 : After(time));
+  return vcpu->Run(environment, time);
 }
 
 // The same on a thread of the vCPU. command: [vcpu, time]

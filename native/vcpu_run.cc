@@ -29,6 +29,9 @@ constexpr size_t kImmediateExit = 1;
 constexpr size_t kStack = size_t{1} << 18;
 // A run that goes on after its deadline is interrupted again.
 constexpr uint64_t kAgain = 10'000'000;
+// Nobody tells a thread inside a system call that it is to end, as a worker that is terminated, so it comes out to
+// look.
+constexpr uint64_t kSlice = 50'000'000;
 
 // When the sleeping thread looks next.
 std::atomic<uint64_t> next_look = kNever;
@@ -63,6 +66,12 @@ class Watcher {
     }
     uv_mutex_unlock(&mutex_);
     return result;
+  }
+
+  void Stop(uint64_t origin) {
+    uv_mutex_lock(&mutex_);
+    for (Vcpu* vcpu : vcpus_) vcpu->StopIfFrom(origin);
+    uv_mutex_unlock(&mutex_);
   }
 
   void LookBy(uint64_t deadline) {
@@ -159,7 +168,10 @@ void Unwatch(Vcpu* vcpu) { Watcher::Get().Remove(vcpu); }
 
 int64_t KickVcpu(int fd) { return Watcher::Get().Kick(fd); }
 
-Vcpu::Vcpu(int fd, Mapping* page) : fd_(fd), page_(page), immediate_exit_(page->address + kImmediateExit) {}
+void StopVcpus(uint64_t origin) { Watcher::Get().Stop(origin); }
+
+Vcpu::Vcpu(int fd, Mapping* page, uint64_t origin)
+    : fd_(fd), page_(page), origin_(origin), immediate_exit_(page->address + kImmediateExit) {}
 
 Vcpu::~Vcpu() {
   if (serving_) {
@@ -172,48 +184,78 @@ Vcpu::~Vcpu() {
   Unwatch(this);
 }
 
-bool Vcpu::Claim() {
+int64_t Vcpu::Claim() {
+  if (stopped_.load(std::memory_order_relaxed)) return -EBADF;
   uint32_t idle = kIdle;
-  return phase_.compare_exchange_strong(idle, kClaimed);
+  return phase_.compare_exchange_strong(idle, kClaimed) ? 0 : -EBUSY;
 }
 
-int64_t Vcpu::Run(pid_t thread, uint64_t deadline) { return Claim() ? RunClaimed(thread, deadline) : -EBUSY; }
+int64_t Vcpu::Run(Environment& environment, uint64_t time) {
+  const int64_t refused = Claim();
+  if (refused < 0) return refused;
+  const uint64_t now = Now();
+  const uint64_t deadline = time == 0 ? 0 : time < kNever - now ? now + time : kNever;
+  return RunClaimed(environment.RunnerThread(), deadline, std::min(deadline, now + kSlice), &environment);
+}
 
-int64_t Vcpu::RunClaimed(pid_t thread, uint64_t deadline) {
+int64_t Vcpu::RunClaimed(pid_t thread, uint64_t deadline, uint64_t slice, const Environment* environment) {
   const bool at_once = deadline == 0;
   thread_.store(thread, std::memory_order_relaxed);
-  deadline_.store(at_once ? kNever : deadline, std::memory_order_relaxed);
+  deadline_.store(at_once ? kNever : slice, std::memory_order_relaxed);
   // Others write there only while the run is in progress, so this is the program's own wish.
   const bool asked = *immediate_exit_ != 0;
   // From here on a kick sends a signal; an earlier one is seen below. The same holds for the deadline and next_look.
   phase_ = kRunning;
-  if (!at_once && deadline < next_look) Watcher::Get().LookBy(deadline);
+  if (!at_once && slice < next_look) Watcher::Get().LookBy(slice);
 
   if (at_once || reasons_ != 0) *immediate_exit_ = 1;
   int64_t result;
   do {
     result = Syscall(SYS_ioctl, fd_, uapi::kRun, 0);
+    if (result != -EINTR) break;
+    if (reasons_ == kExpired && environment != nullptr && !environment->IsStopping()) EndSlice(asked, deadline);
     // A signal that was not for us, unless one of the four says so.
-  } while (result == -EINTR && reasons_ == 0 && *immediate_exit_ == 0 && Now() < deadline);
+  } while (reasons_ == 0 && *immediate_exit_ == 0 && Now() < deadline);
   Leave();
 
   const uint32_t reasons = reasons_;
   if (reasons != 0 || at_once) {
     // A kick that did not end this run is still there for the next.
-    reasons_ &= result == -EINTR ? 0u : uint32_t{kKicked};
+    reasons_ &= ~(result == -EINTR ? reasons : uint32_t{kExpired});
     // What the program wrote there itself stays, as it does in the kernel.
     if (!asked) *immediate_exit_ = 0;
   }
+  if (result == -EINTR && (reasons & kKicked) == 0 && !asked && Now() >= deadline) result = -ETIME;
   phase_.store(kIdle, std::memory_order_release);
   return result;
 }
 
-void Vcpu::Leave() {
+void Vcpu::EndSlice(bool asked, uint64_t deadline) {
+  const uint64_t now = Now();
+  if (now >= deadline) return;
+  const uint64_t slice = std::min(deadline, now + kSlice);
+  // Whoever is about to end the run has to be through with it, or the byte would be written after it is cleared.
+  Hold();
+  deadline_ = slice;
+  reasons_ &= ~uint32_t{kExpired};
+  *immediate_exit_ = asked ? 1 : 0;
+  phase_ = kRunning;
+  // A kick says so before it looks at the phase.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (reasons_ != 0) *immediate_exit_ = 1;
+  if (slice < next_look) Watcher::Get().LookBy(slice);
+}
+
+void Vcpu::Hold() {
   uint32_t running = kRunning;
   while (!phase_.compare_exchange_weak(running, kClaimed)) {
     running = kRunning;
     sched_yield();
   }
+}
+
+void Vcpu::Leave() {
+  Hold();
   if (!interrupted_) return;
   interrupted_ = false;
   // A signal that was sent is delivered no later than at the end of a system call.
@@ -241,6 +283,12 @@ int64_t Vcpu::Kick() {
   return already ? 0 : Stop(kKicked);
 }
 
+void Vcpu::StopIfFrom(uint64_t origin) {
+  if (origin_ != origin) return;
+  stopped_ = true;
+  Kick();
+}
+
 uint64_t Vcpu::Expire(uint64_t now) {
   if (phase_ != kRunning) return kNever;
   const uint64_t deadline = deadline_.load(std::memory_order_relaxed);
@@ -250,7 +298,8 @@ uint64_t Vcpu::Expire(uint64_t now) {
 }
 
 int64_t Vcpu::Start(AsyncRun* run, napi_threadsafe_function ended) {
-  if (!Claim()) return -EBUSY;
+  const int64_t refused = Claim();
+  if (refused < 0) return refused;
   if (!serving_) {
     uv_sem_init(&work_, 0);
     const int started = StartThread(&server_, [](void* self) { static_cast<Vcpu*>(self)->Serve(); }, this);
@@ -277,7 +326,7 @@ void Vcpu::Serve() {
       continue;
     }
     const napi_threadsafe_function ended = ended_;
-    run->result = RunClaimed(thread, run->deadline);
+    run->result = RunClaimed(thread, run->deadline, run->deadline, nullptr);
     napi_call_threadsafe_function(ended, run, napi_tsfn_nonblocking);
   }
 }

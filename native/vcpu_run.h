@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
+class Environment;
 struct Mapping;
 
 // A point in time is nanoseconds of CLOCK_MONOTONIC.
@@ -28,7 +29,8 @@ struct AsyncRun {
 // One vCPU. It belongs to the environment that created it; threads of others may kick it for as long as it is watched.
 class Vcpu {
  public:
-  Vcpu(int fd, Mapping* page);
+  // `origin`: the number its VM was taken by from another thread, or 0.
+  Vcpu(int fd, Mapping* page, uint64_t origin);
   // Ends a run on the vCPU's own thread, and the thread. After this nobody else has the vCPU any more.
   ~Vcpu();
   Vcpu(const Vcpu&) = delete;
@@ -38,14 +40,16 @@ class Vcpu {
   Mapping* page() const { return page_; }
   bool busy() const { return phase_.load(std::memory_order_acquire) != kIdle; }
 
-  // KVM_RUN on this thread, whose number is `thread`, until the guest exits, a kick or the deadline; a deadline of 0
-  // has passed already.
-  int64_t Run(pid_t thread, uint64_t deadline);
+  // KVM_RUN on the thread of the environment until the guest exits, a kick, `time` nanoseconds from now, or the end of
+  // the environment; at a time of 0 no guest is entered. ETIME when it was the time, EINTR when it was something else.
+  int64_t Run(Environment& environment, uint64_t time);
   // The same on the vCPU's own thread, which passes the run to `ended`. 0 if it will.
   int64_t Start(AsyncRun* run, napi_threadsafe_function ended);
 
-  // Ends the run in progress, or else the next one. The callers of these two take turns.
+  // Ends the run in progress, or else the next one. The callers of these three take turns.
   int64_t Kick();
+  // The same, and there are no others, if its VM was taken by this number.
+  void StopIfFrom(uint64_t origin);
   // Ends a run whose deadline has passed. When to ask again.
   uint64_t Expire(uint64_t now);
 
@@ -56,19 +60,25 @@ class Vcpu {
   // Why a run must end. A kick without a run stays until the next one.
   enum Reason : uint32_t { kKicked = 1, kExpired = 2 };
 
-  bool Claim();
-  int64_t RunClaimed(pid_t thread, uint64_t deadline);
+  int64_t Claim();
+  // A run with an environment comes out at the end of a slice to look after it.
+  int64_t RunClaimed(pid_t thread, uint64_t deadline, uint64_t slice, const Environment* environment);
+  void EndSlice(bool asked, uint64_t deadline);
+  // From running to claimed, as soon as nobody interrupts it.
+  void Hold();
   void Leave();
   int64_t Stop(Reason reason);
   void Serve();
 
   const int fd_;
   Mapping* const page_;
+  const uint64_t origin_;
   volatile uint8_t* const immediate_exit_;
   std::atomic<uint32_t> phase_ = kIdle;
   std::atomic<uint32_t> reasons_ = 0;
   std::atomic<uint64_t> deadline_ = kNever;
   std::atomic<pid_t> thread_ = 0;
+  std::atomic<bool> stopped_ = false;
   bool interrupted_ = false;  // written in the phase of that name, read after it
 
   bool serving_ = false;
@@ -88,3 +98,5 @@ int64_t Watch(Vcpu* vcpu);
 void Unwatch(Vcpu* vcpu);
 // Kicks a vCPU of whatever thread of this process by its fd. EBADF if there is none.
 int64_t KickVcpu(int fd);
+// Ends the runs of vCPUs whose VM was taken by this number from a thread that closes it, for good.
+void StopVcpus(uint64_t origin);

@@ -2,11 +2,11 @@
 //   --addon, --typescript   only that part
 
 import { spawnSync } from 'node:child_process';
-import { chmodSync, existsSync, readdirSync, statSync } from 'node:fs';
+import { chmodSync, existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { join } from 'node:path';
-import { machineOf, machines } from './elf.mjs';
-import { gypEnvironment, missingTools, root } from './toolchain.mjs';
+import { machines } from './elf.mjs';
+import { gypEnvironment, isUpToDate, missingTools, root } from './toolchain.mjs';
 
 const require = createRequire(import.meta.url);
 const addon = join(root, 'build/Release/guest_memfd.node');
@@ -29,7 +29,7 @@ function buildAddon() {
     console.log('addon: the software kernel works here.');
     return true;
   }
-  if (upToDate()) {
+  if (isUpToDate(addon, process.arch)) {
     console.log('addon: up to date');
     return true;
   }
@@ -64,12 +64,4 @@ function buildTypeScript() {
   const cli = join(root, 'dist/lib/cli/main.js');
   if (existsSync(cli)) chmodSync(cli, 0o755);
   return true;
-}
-
-/** Newer than everything it is made of, and for the machine this Node runs on. */
-function upToDate() {
-  if (!existsSync(addon) || machineOf(addon) !== machines[process.arch]) return false;
-  const built = statSync(addon).mtimeMs;
-  const sources = readdirSync(join(root, 'native'), { recursive: true }).map((name) => join('native', name));
-  return ['binding.gyp', ...sources].every((name) => statSync(join(root, name)).mtimeMs < built);
 }

@@ -1,15 +1,17 @@
 // Builds the addon for every platform of the package into prebuilds/, and checks the set: nothing is missing, each file is for
 // the machine its name says (a cross build without its compiler quietly makes one for this machine), and none asks for newer
 // system libraries than the oldest that Node itself runs on.
+//   --arch=arm64  only that one
+//   --outdated    only what is older than its sources
 //   --available   leaves out, with a warning, what this machine has no compiler for: for `npm pack`, not for a release
 
 import { spawnSync } from 'node:child_process';
 import { existsSync, mkdtempSync, readdirSync, rmSync, statSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import { machineOf, machines, versionsNeeded } from './elf.mjs';
-import { copySources, gypEnvironment, installed, missingTools, root } from './toolchain.mjs';
+import { copySources, gypEnvironment, installed, isUpToDate, missingTools, root } from './toolchain.mjs';
 
 /** The newest symbol versions of the systems the official Node 20 to 26 run on. */
 const floor = { GLIBC: '2.28', GLIBCXX: '3.4.21', CXXABI: '1.3.9', GCC: '4.3.0' };
@@ -24,8 +26,20 @@ if (process.platform !== 'linux') {
   process.exit(1);
 }
 const onlyAvailable = process.argv.includes('--available');
-const built = Object.keys(compilers).filter(build);
+const onlyOutdated = process.argv.includes('--outdated');
+const wanted = Object.keys(compilers).filter(
+  (arch) => process.argv.includes(`--arch=${arch}`) || !process.argv.some((argument) => argument.startsWith('--arch=')),
+);
+const built = wanted
+  .filter((arch) => !(onlyOutdated && prebuilt(arch).some((file) => isUpToDate(file, arch))))
+  .filter(build);
 process.exit(built.length === 0 || report(built.map(inspect)) ? 0 : 1);
+
+function prebuilt(arch) {
+  const directory = join(root, 'prebuilds', `linux-${arch}`);
+  const names = existsSync(directory) ? readdirSync(directory) : [];
+  return names.filter((name) => name.endsWith('.node')).map((name) => join(directory, name));
+}
 
 /** False when this machine cannot, and need not. */
 function build(arch) {
@@ -61,14 +75,13 @@ function build(arch) {
 
 /** One line of the table: what the file is, and everything that is wrong with it. */
 function inspect(arch) {
-  const directory = join(root, 'prebuilds', `linux-${arch}`);
-  const files = existsSync(directory) ? readdirSync(directory).filter((name) => name.endsWith('.node')) : [];
+  const files = prebuilt(arch);
   if (files.length !== 1) return { platform: `linux-${arch}`, problems: [`${files.length} addons instead of one`] };
 
-  const file = join(directory, files[0]);
+  const [file] = files;
   const machine = machineOf(file);
   const problems = machine === machines[arch] ? [] : [`built for ELF machine ${machine}, not ${machines[arch]}`];
-  const line = { platform: `linux-${arch}`, file: files[0], bytes: statSync(file).size, problems };
+  const line = { platform: `linux-${arch}`, file: basename(file), bytes: statSync(file).size, problems };
   for (const version of machine === undefined ? [] : versionsNeeded(file)) {
     const [, family, number] = /^([A-Z]+)_([\d.]+)$/.exec(version) ?? [];
     if (floor[family] === undefined) {

@@ -1,8 +1,19 @@
 // What the scripts that compile the addon share: where the headers are, which tools there are, and copies to build in.
 
-import { accessSync, constants, cpSync, existsSync, mkdirSync, rmSync, symlinkSync } from 'node:fs';
+import {
+  accessSync,
+  constants,
+  cpSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+} from 'node:fs';
 import { delimiter, dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { machineOf, machines } from './elf.mjs';
 
 export const root = fileURLToPath(new URL('..', import.meta.url));
 
@@ -36,6 +47,14 @@ export function missingTools() {
     { name: 'python3', programs: [process.env.PYTHON, process.env.npm_config_python, 'python3', 'python'] },
   ];
   return tools.filter(({ programs }) => !programs.some(installed)).map(({ name }) => name);
+}
+
+/** Whether an addon is newer than everything it is made of, and for this architecture. */
+export function isUpToDate(addon, arch) {
+  if (!existsSync(addon) || machineOf(addon) !== machines[arch]) return false;
+  const built = statSync(addon).mtimeMs;
+  const sources = readdirSync(join(root, 'native'), { recursive: true }).map((name) => join('native', name));
+  return ['binding.gyp', ...sources].every((name) => statSync(join(root, name)).mtimeMs < built);
 }
 
 /** A fresh directory with what the addon is built from, so that build/ of the clone stays as it is. */

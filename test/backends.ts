@@ -1,7 +1,9 @@
 import { readdirSync, readlinkSync } from 'node:fs';
 import type { Test } from 'tap';
 import { type GuestMemfd, type HostMemory, Kvm, type KvmError, type ModelOptions, type Vm } from '../lib/index.ts';
+import { unicornLibrary } from '../lib/kernel/software/unicorn_engine.ts';
 import { realKernel } from './kvm_host.ts';
+import { onSoftware } from './pace.ts';
 
 /** A kernel that the tests of the objects run on, and what it can do: so that a missing answer is noticed, not skipped. */
 export interface Backend {
@@ -47,8 +49,13 @@ function real(): Backend[] {
   ];
 }
 
-export const backends: readonly Backend[] = [...real(), ...models.map(software)];
+export const backends: readonly Backend[] = [...real(), ...(onSoftware ? models.map(software) : [])];
+/** Those whose vCPUs carry out any guest code: the software kernel needs libunicorn for it. */
+export const codeBackends = backends.filter(({ model }) => !model || typeof unicornLibrary() !== 'string');
 export const onKvm = backends.some(({ name }) => name === 'kvm');
+if (!onSoftware && !onKvm) throw new Error('real KVM was asked for, and there is none');
+/** For a program in a process of its own. */
+export const backendNames: readonly string[] = [...(onKvm ? ['kvm'] : []), ...(onSoftware ? ['software'] : [])];
 
 /** An opened Kvm, with a VM and what tests need most. */
 export interface World {
@@ -126,7 +133,7 @@ export function openFiles(): string[] {
         return [];
       }
     })
-    .filter((target) => /kvm|memfd:|gmem/.test(target) && !target.startsWith('/work') && !target.endsWith('.node'))
+    .filter((target) => /kvm|memfd:|gmem/.test(target) && !target.endsWith('.node'))
     .sort();
 }
 

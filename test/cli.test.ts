@@ -161,7 +161,7 @@ t.test('probe, in JSON', async (t) => {
   });
   t.same(Object.keys(found.capabilities), found.vmTypes.creatable);
   t.same(found.capabilities['sw-protected'].memoryAttributes, { value: '0x8', evidence: 'modelled' });
-  t.same(found.capabilities.default.conversion, { value: 'none', evidence: 'modelled' });
+  t.same(found.capabilities.default.conversion, { value: 'none', evidence: 'probed' });
   const older = JSON.parse(run(['probe', '--json', '--kernel', '6.8']).out);
   t.match(older, { backend: 'software', kernel: '6.8', capabilities: { default: { guestMemfd: { value: false } } } });
   const arm = JSON.parse(run(['probe', '--json', '--arch', 'aarch64']).out);
@@ -178,7 +178,7 @@ t.test('probe, as text', async (t) => {
   t.match(out, /backend +software kernel/);
   t.match(out, /private memory +yes: VMs of type sw-protected/);
   t.match(out, /✗ tdx +needs an Intel processor/);
-  t.match(out, /conversion +none +attributes +modelled/);
+  t.match(out, /conversion +none +attributes +probed/);
   t.ok(longestLine(out) <= 80, 'fits 80 columns');
   t.equal(out, stripVTControlCharacters(out), 'a pipe gets no colours');
 });

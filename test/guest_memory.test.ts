@@ -1,6 +1,7 @@
 import t from 'tap';
 import { GiB, KvmError } from '../lib/index.ts';
 import { backends, errorOf, everywhere, refused, withPrivate } from './backends.ts';
+import { onSoftware } from './pace.ts';
 
 // The guest's memory by guest physical address, and what of it is private.
 
@@ -140,7 +141,7 @@ await everywhere(t, 'attributes of a VM without private memory', (t, { vm, P }) 
   t.same([...vm.attributes], []);
 });
 
-await withPrivate(t, 'attributes are what was set', (t, { vm, P }) => {
+await withPrivate(t, 'attributes are what was set', (t, { backend, vm, P }) => {
   const { attributes } = vm;
   const set = (page: number, pages: number, secret = true) =>
     vm.setMemoryAttributes({ address: page * P, size: pages * P }, { private: secret });
@@ -195,8 +196,10 @@ await withPrivate(t, 'attributes are what was set', (t, { vm, P }) => {
     'attributes.private',
   );
   refused(t, () => vm.setMemoryAttributes({ address: 2 ** 53 - P, size: P }, { private: true }), 'ERR_OUT_OF_RANGE');
-  vm.setMemoryAttributes({ address: 2 ** 52, size: 2 ** 51 }, { private: true });
-  t.equal(attributes.privateBytes, 2 ** 51);
+  // Real KVM has an entry for each page.
+  const size = backend.model ? 2 ** 51 : 2 ** 21;
+  vm.setMemoryAttributes({ address: 2 ** 52, size }, { private: true });
+  t.equal(attributes.privateBytes, size);
 });
 
 await withPrivate(t, 'private pages are not for the host', (t, { vm, P, host, closed }) => {
@@ -225,6 +228,6 @@ await withPrivate(t, 'private pages are not for the host', (t, { vm, P, host, cl
 });
 
 t.test('every backend was there', (t) => {
-  t.ok(backends.length >= 3);
+  t.ok(backends.length >= (onSoftware ? 3 : 1));
   t.end();
 });

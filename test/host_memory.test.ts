@@ -3,7 +3,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import t from 'tap';
 import { GiB, KvmError, MiB } from '../lib/index.ts';
-import { everywhere, openFiles, refused } from './backends.ts';
+import { backends, everywhere, openFiles, refused } from './backends.ts';
 
 // Memory itself: HostMemory of every kind, and guest_memfds.
 
@@ -11,7 +11,7 @@ const folder = mkdtempSync(join(tmpdir(), 'guest-memfd-'));
 t.teardown(() => rmSync(folder, { recursive: true }));
 
 for (const kind of ['anonymous', 'memfd', 'file'] as const) {
-  await everywhere(t, `host memory: ${kind}`, (t, { backend, kvm, P }) => {
+  await everywhere(t, `seed 2.11: host memory: ${kind}`, (t, { backend, kvm, P }) => {
     const path = join(folder, `${kind} ${backend.name}`);
     const memory = kvm.createHostMemory({ size: 8 * P, kind, ...(kind === 'file' ? { path } : {}) });
     t.match(memory, { size: 8 * P, kind, closed: false });
@@ -237,3 +237,19 @@ await everywhere(t, 'pins are held, and let go once', (t, { vm, P }) => {
   pin[Symbol.dispose]();
   pin[Symbol.dispose]();
 });
+
+await everywhere(
+  t,
+  'seed 0.7: pages of a guest_memfd are never swapped',
+  (t, { shared }) => {
+    const unevictable = (): number =>
+      1024 * Number(/^Unevictable: +(\d+) kB$/m.exec(readFileSync('/proc/meminfo', 'utf8'))?.[1]);
+    const file = shared(4096);
+    const before = unevictable();
+    file.allocate();
+    const grown = unevictable() - before;
+    // Others on this machine lock and unlock pages too.
+    t.ok(grown > 0.9 * file.size, `${grown} of ${file.size} bytes are Unevictable in /proc/meminfo`);
+  },
+  backends.filter(({ name }) => name === 'kvm'),
+);

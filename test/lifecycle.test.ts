@@ -1,10 +1,9 @@
 import t from 'tap';
-import { onKvm } from './backends.ts';
+import { backendNames } from './backends.ts';
 import { child, concurrently } from './lifecycle/child_process.ts';
+import { some, times } from './pace.ts';
 
 // The ends of programs: at every stage, in every way, with everything open, or with nobody left who could close.
-
-const names = onKvm ? ['kvm', 'software'] : ['software'];
 
 t.test('a program may end at any stage, in any way', async (t) => {
   const stages = [
@@ -30,7 +29,7 @@ t.test('a program may end at any stage, in any way', async (t) => {
   };
   const everywhere = new Set(['exit', 'throw', 'SIGTERM']);
   const inTheMiddle = new Set(['conversion at work', 'boundary calls', 'view']);
-  const cases = names.flatMap((backend) =>
+  const cases = backendNames.flatMap((backend) =>
     stages.flatMap((stage) =>
       Object.entries(endings)
         // The software kernel is JavaScript, and ends with it: it is enough to see it in the middle of things.
@@ -38,7 +37,7 @@ t.test('a program may end at any stage, in any way', async (t) => {
         .map(([ending, expected]) => ({ backend, stage, ending, expected })),
     ),
   );
-  await concurrently(cases, async ({ backend, stage, ending, expected }) => {
+  await concurrently(some(cases), async ({ backend, stage, ending, expected }) => {
     const { code, signal, errors } = await child('stages', backend, stage, ending);
     t.same({ code, signal }, { signal: null, ...expected }, `${backend}, ${stage}, ${ending}: ${errors.slice(0, 500)}`);
     if (ending !== 'throw' && ending !== 'reject') t.equal(errors, '', 'nothing is said');
@@ -46,7 +45,7 @@ t.test('a program may end at any stage, in any way', async (t) => {
 });
 
 t.test('what nobody closes is collected, with a warning each', async (t) => {
-  for (const backend of names) {
+  for (const backend of backendNames) {
     const { code, signal, output } = await child('collected', backend);
     t.same({ code, signal }, { code: 0, signal: null });
     const { report, kept } = JSON.parse(output) as {
@@ -84,7 +83,7 @@ t.test('what nobody closes is collected, with a warning each', async (t) => {
 });
 
 t.test('windows cloned, posted and transferred', async (t) => {
-  for (const backend of names) {
+  for (const backend of backendNames) {
     const { code, signal, output, errors } = await child('transfers', backend);
     t.same({ code, signal }, { code: 0, signal: null }, errors.slice(0, 1000));
     for (const [what, result] of Object.entries(JSON.parse(output || '{}') as Record<string, unknown>)) {
@@ -94,4 +93,17 @@ t.test('windows cloned, posted and transferred', async (t) => {
         t.equal(result, 5, `${backend}: ${what}`);
     }
   }
+});
+
+t.test('a VM on several threads', async (t) => {
+  if (!backendNames.includes('kvm')) return;
+  const endings: Record<string, number> = { terminate: 0, close: 0, owner: 0, exit: 7, throw: 1 };
+  await concurrently(Object.entries(endings), async ([ending, expected]) => {
+    const { code, signal, output, errors } = await child('shared_vm', ending, String(times(10)));
+    t.same({ code, signal }, { code: expected, signal: null }, `${ending}: ${errors.slice(0, 1000)}`);
+    if (expected !== 0) return;
+    const { before, after, longest } = JSON.parse(output);
+    t.same(after, before, `${ending}: nothing is left`);
+    t.ok(longest < 20_000, `${ending}: no run is waited for, which would take a minute: ${longest} ms`);
+  });
 });

@@ -10,7 +10,7 @@ import { ERRNO, GiB, KiB, KVM_CAP } from '../uapi.ts';
 import { boolean, guestRange, integer, oneOf, options, rangeError, typeError } from '../validate.ts';
 import type { Vcpu } from '../vcpu.ts';
 import { Vm } from '../vm.ts';
-import { enter, gdt, initialise, usesVmmcall } from './machine_setup.ts';
+import { enter, gdt, usesVmmcall } from './machine_setup.ts';
 import { PageTables } from './page_tables.ts';
 import {
   ADDRESS_BITS,
@@ -131,7 +131,6 @@ export class GuestAgent implements Disposable {
     const place = address === undefined ? freePlace(vm) : takenPlace(vm, address);
     const vcpu = vm.createVcpu();
     try {
-      initialise(vm, vcpu);
       return new GuestAgent(internal, vm, vcpu, { place, onExit: onExit ?? null, timeout, conversionBy });
     } catch (error) {
       vcpu.close();
@@ -153,7 +152,7 @@ export class GuestAgent implements Disposable {
     this.#timeout = settled.timeout;
     this.#entry = start;
     this.#limit = 2 ** ADDRESS_BITS[arch];
-    this.#vmmcall = usesVmmcall(vm) ? 1n : 0n;
+    this.#vmmcall = usesVmmcall(vm.backing.kernel) ? 1n : 0n;
     vm.memory.write(address, new Uint8Array(AGENT_SIZE));
     vm.memory.write(address + LAYOUT.code, code);
     vm.memory.write(address + LAYOUT.descriptors, new Uint8Array(gdt.buffer));
@@ -397,9 +396,7 @@ export class GuestAgent implements Disposable {
     this.#tables.map({ address: this.address, size: AGENT_SIZE }, ...this.#doorbellPage());
     this.#writeMailbox(COMMAND.none, 0, 0, []);
     enter(this.vcpu, this.address, this.#entry, this.#tables.root);
-    const exit = this.vcpu.run({ timeout: this.#timeout });
-    if (this.#rung(exit) !== DOORBELL.ready) throw this.#failure(exit, 'start', null);
-    this.#waiting = true;
+    this.#untilDone('start', null);
   }
 
   #writeMailbox(command: number, address: number, size: number, args: readonly bigint[]): void {

@@ -1,55 +1,19 @@
-import { readFileSync } from 'node:fs';
-import { systemError } from '../errors.ts';
 import type { Kernel } from '../kernel/kernel.ts';
 import type { Arch } from '../model_options.ts';
+import { supportedCpuid } from '../vcpu_setup.ts';
 import { LAYOUT } from './protocol.ts';
 
-/** What a vCPU needs before it can run the agent: the CPU's features, and every register that decides how code runs. */
+/** What a vCPU needs before it can run the agent: every register that decides how code runs. */
 
-const KVM_GET_SUPPORTED_CPUID = 0xc008ae05;
-const KVM_SET_CPUID2 = 0x4008ae90;
 const KVM_SET_MP_STATE = 0x4004ae99;
-const KVM_ARM_PREFERRED_TARGET = 0x8020aeaf;
-const KVM_ARM_VCPU_INIT = 0x4020aeae;
-const KVM_ARM_VCPU_PSCI_0_2 = 1 << 2;
-const CPUID_ENTRIES = 256;
 
 /** null, an empty 64-bit code segment, a data segment. */
 export const gdt = new BigUint64Array([0n, 0x00af_9b00_0000_ffffn, 0x00cf_9300_0000_ffffn]);
 
-/** What the setup needs of a Vm and a Vcpu. */
-export interface SetupVm {
-  readonly backing: { readonly kernel: Kernel; readonly fd: number };
-}
+/** What the setup needs of a Vcpu. */
 export interface SetupVcpu {
-  readonly id: number;
   readonly handle: { readonly kernel: Kernel; readonly fd: number };
   setRegisters(registers: Readonly<Record<string, bigint>>): void;
-}
-
-/** Once for each vCPU. */
-export function initialise(vm: SetupVm, vcpu: SetupVcpu): void {
-  const { kernel, fd } = vm.backing;
-  const { fd: cpu } = vcpu.handle;
-  if (kernel.arch === 'x86_64') {
-    // Without CPUID a guest has 36 address bits, and memory above 64 GiB is out of reach. The software kernel has no table, and no limit.
-    const kvm = kernel.openKvm();
-    const table = new Uint8Array(8 + 40 * CPUID_ENTRIES);
-    new DataView(table.buffer).setUint32(0, CPUID_ENTRIES, true);
-    const known = kvm >= 0 && kernel.ioctlStruct(kvm, KVM_GET_SUPPORTED_CPUID, table) >= 0;
-    if (kvm >= 0) kernel.close(kvm);
-    if (known) check(kernel.ioctlStruct(cpu, KVM_SET_CPUID2, table), 'KVM_SET_CPUID2');
-    return;
-  }
-  const init = new Uint8Array(32);
-  check(kernel.ioctlStruct(fd, KVM_ARM_PREFERRED_TARGET, init), 'KVM_ARM_PREFERRED_TARGET');
-  const view = new DataView(init.buffer);
-  view.setUint32(4, view.getUint32(4, true) | KVM_ARM_VCPU_PSCI_0_2, true);
-  check(kernel.ioctlStruct(cpu, KVM_ARM_VCPU_INIT, init), 'KVM_ARM_VCPU_INIT');
-
-  function check(result: number, request: string): void {
-    if (result < 0) throw systemError(result, { syscall: 'ioctl', request, args: { vcpu: vcpu.id } }, kernel.explain());
-  }
 }
 
 /** As often as the agent has to start again: nothing of what the vCPU did before is left. */
@@ -109,13 +73,16 @@ function segment(
   );
 }
 
-/** Whether this host's hypercall instruction is VMMCALL: AMD's, and Hygon's. The other one would be an exception, or patched into it. */
-export function usesVmmcall(vm: SetupVm): boolean {
-  const { kernel } = vm.backing;
-  if (kernel.name !== 'linux' || kernel.arch !== 'x86_64') return false;
-  try {
-    return /^vendor_id\s*:\s*(AuthenticAMD|HygonGenuine)$/m.test(readFileSync('/proc/cpuinfo', 'utf8'));
-  } catch {
-    return false;
-  }
+/** Whether the hypercall instruction is VMMCALL: AMD's, and Hygon's. The other one would be an exception, or patched into it. */
+export function usesVmmcall(kernel: Kernel): boolean {
+  const table = kernel.arch === 'x86_64' && supportedCpuid(kernel);
+  if (!table) return false;
+  const view = new DataView(table.buffer);
+  const vendors = Array.from({ length: view.getUint32(0, true) }, (_, index) => 8 + 40 * index)
+    .filter((entry) => view.getUint32(entry, true) === 0)
+    // ebx, edx, ecx of leaf 0 spell the name.
+    .map((entry) =>
+      String.fromCharCode(...[16, 24, 20].flatMap((at) => [...table.subarray(entry + at, entry + at + 4)])),
+    );
+  return vendors.some((vendor) => vendor === 'AuthenticAMD' || vendor === 'HygonGenuine');
 }

@@ -1,4 +1,4 @@
-import { enter, gdt, initialise, usesVmmcall } from '../../lib/agent/machine_setup.ts';
+import { enter, gdt, usesVmmcall } from '../../lib/agent/machine_setup.ts';
 import { PageTables } from '../../lib/agent/page_tables.ts';
 import {
   AGENT_SIZE,
@@ -13,6 +13,8 @@ import {
 } from '../../lib/agent/protocol.ts';
 import { type RegisterFile, registerFile } from '../../lib/registers.ts';
 import { ERRNO, GiB, KVM_EXIT, MiB } from '../../lib/uapi.ts';
+import { initialise } from '../../lib/vcpu_setup.ts';
+import { patience } from '../pace.ts';
 import type { Expected, Outcome, Scenario } from './scenario.ts';
 
 /** Guest physical, out of the way of a case's own slots. */
@@ -21,7 +23,7 @@ const HOME_SLOT = 31;
 /** arm64: where no case puts memory. */
 const DOORBELL_AT = 3 * GiB;
 /** Milliseconds. What takes longer does not come back. */
-const DEADLINE = 5000;
+const DEADLINE = 5000 * patience;
 /** Exits that one instruction can leave to be completed. */
 const COMPLETIONS = 16;
 
@@ -42,7 +44,7 @@ export const mmioWrite = (page: number, value: number): Expected => ['MMIO write
 
 /** VMCALL, or VMMCALL where the CPU has that. */
 export function hypercallCode(s: Scenario): readonly number[] {
-  return [0x0f, 0x01, usesVmmcall({ backing: { kernel: s.kernel, fd: -1 } }) ? 0xd9 : 0xc1];
+  return [0x0f, 0x01, usesVmmcall(s.kernel) ? 0xd9 : 0xc1];
 }
 
 /** Where the guest's code is, as a page number. */
@@ -85,18 +87,16 @@ export class Guest {
       throw new Error('setup: no slot for the guest');
     this.vcpu = s.vcpu(vm);
     this.#run = viewOf(kernel.runPage(this.vcpu));
-    const setupVm = { backing: { kernel, fd: vm } };
     this.#registers = registerFile(kernel, this.vcpu, (result, request) => {
       if (result < 0) throw new Error(`setup: ${request}: ${result}`);
       return result;
     });
     const setupVcpu = {
-      id: 0,
       handle: { kernel, fd: this.vcpu },
       setRegisters: (values: Readonly<Record<string, bigint>>) => this.#registers.set(values),
     };
-    initialise(setupVm, setupVcpu);
-    this.#vmmcall = usesVmmcall(setupVm) ? 1n : 0n;
+    initialise(kernel, vm, this.vcpu);
+    this.#vmmcall = usesVmmcall(kernel) ? 1n : 0n;
     this.#poke(LAYOUT.code, code ? Uint8Array.from(code) : bytes);
     this.#poke(LAYOUT.descriptors, new Uint8Array(gdt.buffer));
     const pool = { address: HOME + LAYOUT.tables, pages: TABLE_PAGES };

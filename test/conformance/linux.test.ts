@@ -2,8 +2,10 @@ import { spawnSync } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 import t from 'tap';
 import { realKernel } from '../kvm_host.ts';
+import { patience } from '../pace.ts';
 import type { InChild } from './scenario.ts';
-import { conform, publish } from './suite.ts';
+import { conform } from './suite.ts';
+import { publish } from './tally.ts';
 
 const childFile = fileURLToPath(new URL('child.js', import.meta.url));
 
@@ -16,7 +18,7 @@ const inChild: InChild = (program, fds, { descriptors }) => {
     stdio: ['ignore', 'pipe', 'pipe', ...fds.map(({ fd }) => fd)],
     env: { PATH: process.env.PATH ?? '' },
     encoding: 'utf8',
-    timeout: 20_000,
+    timeout: 20_000 * patience,
   });
   if (child.signal) return child.signal;
   if (child.status !== 0) throw new Error(`child process: status ${child.status}: ${child.stderr}`);
@@ -25,10 +27,10 @@ const inChild: InChild = (program, fds, { descriptors }) => {
 
 const kernel = realKernel();
 if ('reason' in kernel) {
-  publish('linux', [], kernel.reason);
+  publish('linux', { tallies: [], reason: kernel.reason });
   if (kernel.excusable) t.pass(`not on real KVM: ${kernel.reason}`);
   else t.fail(kernel.reason);
 } else {
   const name = `linux ${kernel.release} ${kernel.arch}`;
-  publish('linux', [await conform(t, name, kernel, inChild)]);
+  publish('linux', { tallies: [await conform(t, name, kernel, inChild)] });
 }

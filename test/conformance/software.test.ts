@@ -3,8 +3,8 @@ import { softwareKernel } from '../../lib/kernel/index.ts';
 import { kernelVersions, type ModelOptions } from '../../lib/model_options.ts';
 import { sections } from './cases/index.ts';
 import { needRealKernel } from './needs.ts';
-import type { InChild } from './scenario.ts';
-import { conform, publish, type Tally } from './suite.ts';
+import { conform, forked } from './suite.ts';
+import { publish, type Tally } from './tally.ts';
 
 const models: ModelOptions[] = [
   ...kernelVersions.map((kernel): ModelOptions => ({ arch: 'x86_64', kernel })),
@@ -31,19 +31,12 @@ for (const model of models) {
   const name = nameOf(model);
   await t.test(name, async (t) => {
     const kernel = softwareKernel(model);
-    const inChild: InChild = (program, fds) => {
-      const child = kernel.fork();
-      const numbers = fds.map(({ fd }) => fd);
-      const result = program(child, numbers);
-      for (const fd of numbers) child.close(fd);
-      return result;
-    };
-    tallies.push(await conform(t, name, kernel, inChild));
+    tallies.push(await conform(t, name, kernel, forked(kernel)));
   });
 }
-publish('software', tallies);
+publish('software', { tallies });
 
-const ran = new Set(tallies.flatMap((tally) => tally.ran));
+const ran = new Set(tallies.flatMap(({ agree, disagree }) => [...agree, ...disagree]));
 const cases = sections.flatMap((section) => section.cases);
 const never = cases.filter((each) => !ran.has(each.id) && !each.needs.some((need) => needRealKernel.includes(need)));
 t.same(

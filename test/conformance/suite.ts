@@ -1,45 +1,25 @@
-import { mkdirSync, writeFileSync } from 'node:fs';
 import type { Test } from 'tap';
 import type { Kernel } from '../../lib/kernel/kernel.ts';
+import type { SoftwareKernel } from '../../lib/kernel/software/software_kernel.ts';
 import { sections } from './cases/index.ts';
 import { type Case, describe, type InChild, matches, type Need, resolve, Scenario } from './scenario.ts';
-
-/** How the cases went on one kernel, as `scripts/test.mjs` reads it. */
-export interface Tally {
-  readonly kernel: string;
-  agree: number;
-  disagree: number;
-  /** The numbers of the cases that ran. */
-  readonly ran: string[];
-  /** Cases by what was missing. */
-  readonly notApplicable: Record<string, number>;
-}
+import type { Tally } from './tally.ts';
 
 /** Runs every case whose needs the kernel meets: a subtest per section, an assertion per case. */
 export async function conform(t: Test, name: string, kernel: Kernel, inChild: InChild): Promise<Tally> {
-  const tally: Tally = { kernel: name, agree: 0, disagree: 0, ran: [], notApplicable: {} };
-  const answers = new Map<Need, boolean>();
-  const isMet = (need: Need): boolean => {
-    const known = answers.get(need);
-    if (known !== undefined) return known;
-    const s = new Scenario(kernel, inChild);
-    const met = need.met(s);
-    s.close();
-    answers.set(need, met);
-    return met;
-  };
+  const tally: Tally = { kernel: name, agree: [], disagree: [], notApplicable: {} };
+  const isMet = needsOf(() => new Scenario(kernel, inChild));
   for (const { title, cases } of sections) {
-    const applicable = cases.filter(({ needs }) => {
+    const applicable = cases.filter(({ id, needs }) => {
       const unmet = needs.find((need) => !isMet(need));
-      if (unmet) tally.notApplicable[unmet.missing] = (tally.notApplicable[unmet.missing] ?? 0) + 1;
+      if (unmet) tally.notApplicable[unmet.missing] = [...(tally.notApplicable[unmet.missing] ?? []), id];
       return !unmet;
     });
     if (applicable.length === 0) continue;
     await t.test(title, async (t) => {
       for (const each of applicable) {
-        tally.ran.push(each.id);
         const difference = await judge(each, new Scenario(kernel, inChild));
-        tally[difference ? 'disagree' : 'agree']++;
+        tally[difference ? 'disagree' : 'agree'].push(each.id);
         if (difference) t.fail(`${each.id}: ${each.sentence}`, { ...difference, kernel: name, at: null, stack: '' });
         else t.pass(`${each.id}: ${each.sentence}`);
       }
@@ -48,8 +28,22 @@ export async function conform(t: Test, name: string, kernel: Kernel, inChild: In
   return tally;
 }
 
+/** Whether a kernel meets a need, asked of it once. */
+export function needsOf(newScenario: () => Scenario): (need: Need) => boolean {
+  const answers = new Map<Need, boolean>();
+  return (need) => {
+    const known = answers.get(need);
+    if (known !== undefined) return known;
+    const s = newScenario();
+    const met = need.met(s);
+    s.close();
+    answers.set(need, met);
+    return met;
+  };
+}
+
 /** Null when the kernel answers as the contract says, and everything could be given back afterwards. */
-async function judge(each: Case, s: Scenario): Promise<{ expected: string; got: string } | null> {
+export async function judge(each: Case, s: Scenario): Promise<{ expected: string; got: string } | null> {
   try {
     const { got, expected } = await each.run(s);
     const answer = resolve(expected, s.kernel);
@@ -62,12 +56,13 @@ async function judge(each: Case, s: Scenario): Promise<{ expected: string; got: 
   }
 }
 
-/** Leaves the tallies where `npm test` finds them, or the reason why there are none. */
-export function publish(family: string, tallies: readonly Tally[], reason?: string): void {
-  const folder = new URL('../../../.tap/conformance/', import.meta.url);
-  mkdirSync(folder, { recursive: true });
-  writeFileSync(
-    new URL(`${family}.json`, folder),
-    JSON.stringify({ tallies: tallies.map(({ ran: _, ...counts }) => counts), reason }),
-  );
+/** The other processes of a software kernel. */
+export function forked(kernel: SoftwareKernel): InChild {
+  return (program, fds) => {
+    const child = kernel.fork();
+    const numbers = fds.map(({ fd }) => fd);
+    const result = program(child, numbers);
+    for (const fd of numbers) child.close(fd);
+    return result;
+  };
 }

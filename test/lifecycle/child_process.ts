@@ -1,5 +1,6 @@
 import { spawn } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
+import { paceVariable, patience } from '../pace.ts';
 
 /** How a program of this folder ended, and what it said. */
 export interface Outcome {
@@ -9,13 +10,21 @@ export interface Outcome {
   readonly errors: string;
 }
 
-const LIMIT = 120_000;
+const LIMIT = 120_000 * patience;
 
 /** Runs a program of this folder in a process of its own. */
 export function child(program: string, ...args: string[]): Promise<Outcome> {
   const file = fileURLToPath(new URL(`${program}.js`, import.meta.url));
   // env -i drops what the test runner hands down to every child: hooks that catch signals, and take longer than the programs do.
-  const command = ['-i', `PATH=${process.env.PATH ?? ''}`, process.execPath, '--expose-gc', file, ...args];
+  const command = [
+    '-i',
+    `PATH=${process.env.PATH ?? ''}`,
+    ...paceVariable,
+    process.execPath,
+    '--expose-gc',
+    file,
+    ...args,
+  ];
   const running = spawn('env', command, {
     stdio: ['ignore', 'pipe', 'pipe'],
     timeout: LIMIT,

@@ -82,6 +82,7 @@ function close(handles: Handles): void {
 const methods: Readonly<Record<string, (h: Handles) => Arguments>> = {
   explain: () => [],
   privateGfns: ({ vm }) => [vm],
+  privatePages: ({ gmem }) => [gmem],
   ioctl: ({ kvm }) => [kvm, uapi.KVM_GET_API_VERSION, 0],
   openKvm: () => ['/dev/kvm'],
   getApiVersion: ({ kvm }) => [kvm],
@@ -107,6 +108,7 @@ const methods: Readonly<Record<string, (h: Handles) => Arguments>> = {
   ],
   setMemoryAttributes: ({ vm }) => [vm, { address: 0, size: P, attributes: 8, flags: 0 }],
   setMemoryAttributesAsync: ({ vm }) => [vm, { address: 0, size: P, attributes: 8, flags: 0 }],
+  setMemoryAttributes2: ({ gmem }) => [gmem, { offset: 0, size: P, attributes: 0, flags: 0 }],
   enableCap: ({ vm }) => [vm, { cap: 168, flags: 0, args: [1, 0, 0, 0] }],
   getDirtyLog: ({ vm }) => [vm, { slot: 0, dirtyBitmap: new Uint8Array(8) }],
   clearDirtyLog: ({ vm }) => [vm, { slot: 0, numPages: 2, firstPage: 0, dirtyBitmap: new Uint8Array(8) }],
@@ -149,6 +151,11 @@ const methods: Readonly<Record<string, (h: Handles) => Arguments>> = {
   window: ({ memory }) => [memory, 0, P, true],
   releaseWindow: ({ memory }) => [kernel.window(memory, 0, P, true)],
   munmap: ({ memory }) => [memory],
+  shareFile: ({ vm }) => [vm],
+  takeFile: ({ vm }) => [kernel.shareFile(vm), 'vm'],
+  isShared: ({ vm }) => [kernel.shareFile(vm)],
+  shareMapping: ({ memory }) => [memory],
+  takeMapping: ({ memory }) => [kernel.shareMapping(memory)],
   close: ({ memfd }) => [memfd],
 };
 
@@ -165,6 +172,7 @@ const opens = new Set([
   'memfdCreate',
   'epollCreate1',
   'dup',
+  'takeFile',
   'userfaultfd',
 ]);
 
@@ -181,8 +189,10 @@ async function attempt(name: string, what: string, make: () => Arguments): Promi
     if (typeof result === 'number') {
       if (!Number.isInteger(result) || result < -4095) complain(`${name}(${what})`, `result ${result}`);
       else if (result >= 0 && opens.has(name)) opened.push(result);
-      else if (result >= 0 && name === 'mmap') kernel.munmap(result);
-    } else if (!['explain', 'privateGfns', 'addressOf', 'window', 'releaseWindow'].includes(name)) {
+      else if (result >= 0 && (name === 'mmap' || name === 'takeMapping')) kernel.munmap(result);
+    } else if (
+      !['explain', 'isShared', 'privateGfns', 'privatePages', 'addressOf', 'window', 'releaseWindow'].includes(name)
+    ) {
       complain(`${name}(${what})`, `result ${String(result)}`);
     }
   } catch (error) {

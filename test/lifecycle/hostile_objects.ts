@@ -1,4 +1,4 @@
-import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { mkdtempSync, readdirSync, readlinkSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import {
@@ -9,7 +9,9 @@ import {
   Kvm,
   KvmError,
   MemoryAttributes,
+  type MemoryUser,
   Memslot,
+  type Vcpu,
   Vm,
 } from '../../lib/index.ts';
 import { openFiles } from '../backends.ts';
@@ -34,6 +36,8 @@ interface World {
   readonly host: HostMemory;
   readonly file: GuestMemfd;
   readonly slot: Memslot;
+  readonly vcpu: Vcpu;
+  readonly user: MemoryUser;
   readonly otherVm: Vm;
   readonly otherKvm: Kvm;
   readonly foreignHost: HostMemory;
@@ -62,13 +66,24 @@ function create(): World {
     host,
     file,
     slot,
+    vcpu: vm.createVcpu(),
+    user: vm.addMemoryUser({ name: 'device' }),
     foreignHost: otherKvm.createHostMemory({ size: 16 * P }),
     foreignFile: otherVm.createGuestMemfd({ size: 16 * P }),
   };
 }
 
+/** Files of ours: Node's own come and go. */
 function openCount(): number {
-  return readdirSync('/proc/self/fd').length;
+  return openFiles().length + readdirSync('/proc/self/fd').filter((fd) => targetOf(fd).startsWith(FOLDER)).length;
+}
+
+function targetOf(fd: string): string {
+  try {
+    return readlinkSync(`/proc/self/fd/${fd}`);
+  } catch {
+    return '';
+  }
 }
 
 /** Everything that a refused call must leave alone. */
@@ -98,6 +113,7 @@ const convertOptions = ({ P }: World): ConvertOptions => ({
   content: 'unspecified',
   chunkSize: 2 ** 18 * P,
   onProgress: () => {},
+  retries: 1,
   signal: new AbortController().signal,
 });
 
@@ -202,6 +218,44 @@ const methods: readonly Method[] = [
     (world) => [range(world), 'shared', convertOptions(world)],
   ),
   method(({ vm }) => vm, 'describe'),
+  method(
+    ({ vm }) => vm,
+    'addMemoryUser',
+    () => [{ name: 'disk', converting: () => undefined, converted: () => {}, kept: () => {} }],
+  ),
+  method(
+    ({ user }) => user,
+    'hold',
+    (world) => [range(world)],
+  ),
+  method(({ user }) => user, 'remove'),
+  ...(backendName === 'kvm'
+    ? [
+        method(
+          () => Vm,
+          'attach',
+          ({ vm }) => [vm.handle],
+        ),
+      ]
+    : []),
+  method(
+    ({ vm }) => vm,
+    'createVcpu',
+    () => [7],
+  ),
+  method(
+    ({ vcpu }) => vcpu,
+    'setRegisters',
+    () => [{ rip: 0n, rax: 1n }],
+  ),
+  method(({ vcpu }) => vcpu, 'getRegisters'),
+  method(
+    ({ vcpu }) => vcpu,
+    'preFaultMemory',
+    (world) => [range(world)],
+  ),
+  method(({ vcpu }) => vcpu, 'kick'),
+  method(({ vcpu }) => vcpu, 'close'),
   method(({ vm }) => vm, 'close'),
   method(({ kvm }) => kvm, 'close'),
   method(
@@ -312,7 +366,7 @@ async function attempt(what: string, call: () => unknown, judge: (error: unknown
   try {
     const result = await call();
     succeeded = true;
-    if (result instanceof Kvm) result.close();
+    if (result instanceof Kvm || result instanceof Vm) result.close();
   } catch (error) {
     if (!judge(error)) complain(what, error);
   }
@@ -412,7 +466,7 @@ async function reentrant(each: Method): Promise<void> {
         });
         try {
           const result = await apply(each, each.target(world), args);
-          if (result instanceof Kvm) result.close();
+          if (result instanceof Kvm || result instanceof Vm) result.close();
         } catch (error) {
           if (!isTyped(error)) complain(what, error);
           if (survivors(kvm, otherKvm) !== after) complain(what, `changed ${after} to ${survivors(kvm, otherKvm)}`);

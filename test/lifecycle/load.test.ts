@@ -1,15 +1,15 @@
 import t from 'tap';
-import { onKvm } from '../backends.ts';
+import { backendNames } from '../backends.ts';
+import { times } from '../pace.ts';
 import { child, concurrently } from './child_process.ts';
 
 // Many of everything: threads that end with everything open, and cycles of creating and closing. GUEST_MEMFD_CYCLES sets how many cycles.
 
-const names = onKvm ? ['kvm', 'software'] : ['software'];
 const MiB = 1 << 20;
 
 t.test('threads that end in every way leave nothing', async (t) => {
-  await concurrently(names, async (backend) => {
-    const count = backend === names[0] ? 100 : 30;
+  await concurrently(backendNames, async (backend) => {
+    const count = backend === backendNames[0] ? times(100) : 30;
     const { code, signal, output, errors } = await child('workers', backend, String(count));
     t.same({ code, signal }, { code: 0, signal: null }, `${backend}: ${errors.slice(0, 1000)}`);
     const { ended, before, after } = JSON.parse(output) as {
@@ -35,8 +35,8 @@ t.test('threads that end in every way leave nothing', async (t) => {
 });
 
 t.test('creating and closing, over and over', async (t) => {
-  const cycles = process.env.GUEST_MEMFD_CYCLES ?? '2000';
-  await concurrently(names, async (backend) => {
+  const cycles = process.env.GUEST_MEMFD_CYCLES ?? String(times(2000));
+  await concurrently(backendNames, async (backend) => {
     const { code, signal, output, errors } = await child('cycles', backend, cycles);
     t.same({ code, signal }, { code: 0, signal: null }, `${backend}: ${errors.slice(0, 1000)}`);
     type Held = { fds: number; mappings: number; rss: number };

@@ -165,4 +165,14 @@ export const counterexamples: readonly Counterexample[] = [
     answer: 'ENOMEM',
     program: [{ call: 'madvise', map: 0, from: 0, length: 1, advice: 99 }],
   },
+  {
+    found: '7.3.4 x86: pages behind the end of a memfd go when its size is set to what it was',
+    answer: '[33279, 0, 0, 0]',
+    program: [
+      memfd,
+      { call: 'fallocate', fd: 'file0', mode: 1, offset: 0, length: 1 },
+      { call: 'ftruncate', fd: 'file0', length: 0 },
+      { call: 'fstat', fd: 'file0' },
+    ],
+  },
 ];

@@ -19,6 +19,9 @@ const SEAL_SHRINK = 2;
 const SEAL_GROW = 4;
 const ALL_SEALS = 0x3f;
 
+/** Bytes: no file reaches further. */
+const BEYOND = 2 ** 63;
+
 /** A file of bytes: a memfd, an opened file, or the shmem behind shared anonymous memory. Sizes and offsets below 2^53. */
 export class MemoryFile extends OpenFile {
   readonly store: PageStore;
@@ -75,8 +78,8 @@ export class MemoryFile extends OpenFile {
   truncate(size: number): Result {
     if (size < this.size && this.seals & SEAL_SHRINK) return -ERRNO.EPERM;
     if (size > this.size && this.seals & SEAL_GROW) return -ERRNO.EPERM;
-    // Also the rest of the last page goes, not only its bytes.
-    if (size < this.size) this.#erase(size, this.pages * this.store.pageSize);
+    // Whole pages go, also those behind the end that KEEP_SIZE made.
+    if (size <= this.size) this.#erase(size, BEYOND);
     this.size = size;
     return 0;
   }

@@ -174,7 +174,8 @@ await withPrivate(t, 'attributes are what was set', (t, { backend, vm, P }) => {
   set(5, 1);
   t.same(attributes.privateRanges(), [range(4, 4), range(12, 2)], 'neighbours are one range');
   set(4, 4);
-  set(0, 2 ** 30, false);
+  // Real KVM looks at each page.
+  set(0, backend.model ? 2 ** 30 : 64, false);
   t.same([...attributes], []);
   refused(
     t,
@@ -196,7 +197,6 @@ await withPrivate(t, 'attributes are what was set', (t, { backend, vm, P }) => {
     'attributes.private',
   );
   refused(t, () => vm.setMemoryAttributes({ address: 2 ** 53 - P, size: P }, { private: true }), 'ERR_OUT_OF_RANGE');
-  // Real KVM has an entry for each page.
   const size = backend.model ? 2 ** 51 : 2 ** 21;
   vm.setMemoryAttributes({ address: 2 ** 52, size }, { private: true });
   t.equal(attributes.privateBytes, size);

@@ -414,7 +414,7 @@ function run(kernel: LinuxKernel): void {
     'forget runAsync',
     'terminate during runAsync',
     'terminate during run, after a kick',
-    'terminate a hundred workers',
+    'terminate many workers',
     'worker ends during runAsync',
     'close at every moment',
   ]) {

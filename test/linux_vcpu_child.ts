@@ -4,6 +4,7 @@ import { isMainThread, parentPort, Worker, workerData } from 'node:worker_thread
 import { linuxKernel } from '../lib/kernel/linux/linux_kernel.ts';
 import { ERRNO } from '../lib/uapi.ts';
 import { createGuest, endless, portLoop } from './linux_guest.ts';
+import { times } from './pace.ts';
 
 // A process, or a worker of it, that ends in the middle of something. Argument: what.
 
@@ -81,8 +82,8 @@ const programs: Record<string, () => unknown> = {
     kernel.kick(vcpu);
     await ended;
   },
-  async 'terminate a hundred workers'() {
-    for (let round = 0; round < 10; round++) {
+  async 'terminate many workers'() {
+    for (let round = 0; round < times(10); round++) {
       const started = await Promise.all(
         Array.from({ length: 10 }, (_, index) => start(index % 2 ? 'async' : 'asyncLoop')),
       );
@@ -94,7 +95,7 @@ const programs: Record<string, () => unknown> = {
     await once(worker, 'exit');
   },
   async 'close at every moment'() {
-    for (let round = 0; round < 200; round++) {
+    for (let round = 0; round < times(200); round++) {
       const guest = createGuest(kernel, round % 2 ? endless : portLoop);
       const page = kernel.runPage(guest.vcpu);
       const running = kernel.runAsync(guest.vcpu, LONG);

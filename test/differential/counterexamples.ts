@@ -175,4 +175,15 @@ export const counterexamples: readonly Counterexample[] = [
       { call: 'fstat', fd: 'file0' },
     ],
   },
+  {
+    found: '7.3.4 x86: a page of a memfd that is allocated twice is resident',
+    answer: '01',
+    program: [
+      memfd,
+      { call: 'fallocate', fd: 'file0', mode: 0, offset: 0, length: 1 },
+      { call: 'fallocate', fd: 'file0', mode: 0, offset: 0, length: 1 },
+      { call: 'mmap', fd: 'file0', length: 1, offset: 0, prot: 0, flags: 1 },
+      { call: 'mincore', map: 0, from: 0, length: 1 },
+    ],
+  },
 ];

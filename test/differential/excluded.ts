@@ -12,8 +12,8 @@ import {
 } from '../../lib/uapi.ts';
 import { compareVersions } from '../conformance/scenario.ts';
 import { capsEnabled } from './capabilities.ts';
-import type { Mirror } from './mirror.ts';
-import type { Step } from './program.ts';
+import { type Mirror, slotKey } from './mirror.ts';
+import { isMappedPage, type Step } from './program.ts';
 
 // What no random program may send, each with its name: what would harm the machine, what would cost it all its memory or minutes of
 // its time, and what the contract says differs for reasons that no model has.
@@ -89,9 +89,12 @@ function excludedRegion(step: SetRegion, mirror: Mirror, kernel: Kernel): string
   const pages = pagesOf(size, mirror);
   // KVM keeps something for each page or each 512 of them, and allocates it before it looks at the last checks.
   if (pages > SLOT_MAX && pages < 2 ** 31) return 'a huge slot';
+  const key = slotKey(step);
+  const slot = vm?.slots.get(key);
+  if (slot && slot.mapping !== null && !mirror.mappings[slot.mapping]?.alive && isMappedPage(step.hva))
+    return 'a mapping that may be where the one of the slot was';
   if (vm?.hasAgent) {
-    const key = ((step.space ?? 0) << 16) | step.slot;
-    const moved = vm.slots.get(key)?.size ?? 0;
+    const moved = slot?.size ?? 0;
     if (key === AGENT_SLOT || meetsAgent(Number(gpa), Math.max(Number(size), moved)))
       return 'the memory of the guest agent';
   }
@@ -108,7 +111,7 @@ function isDangerous(step: SetRegion, mirror: Mirror, kernel: Kernel): boolean {
   const size = BigInt(mirror.value(step.size));
   if (size === 0n) return false;
   const binds = (step.flags & KVM_MEM_GUEST_MEMFD) !== 0;
-  const slot = mirror.vm(step.vm)?.slots.get(((step.space ?? 0) << 16) | step.slot);
+  const slot = mirror.vm(step.vm)?.slots.get(slotKey(step));
   if (slot) {
     const toggles = binds || (slot.flags & KVM_MEM_GUEST_MEMFD) !== 0;
     return toggles && compareVersions(kernel.release, '7.2') < 0;

@@ -11,6 +11,8 @@ export interface SlotNote {
   gpa: number;
   readonly size: number;
   readonly flags: number;
+  /** Index of the mapping that it shows, if it shows one. */
+  readonly mapping: number | null;
 }
 
 export interface VmNote {
@@ -29,6 +31,10 @@ export interface FileNote {
   readonly kind: 'gmem' | 'memfd';
   size: U64;
   readonly flags: number;
+}
+
+export function slotKey({ space = 0, slot }: { readonly space?: number; readonly slot: number }): number {
+  return (space << 16) | slot;
 }
 
 /**
@@ -190,7 +196,7 @@ export class Mirror {
     const vm = this.vm(step.vm);
     if (!vm) return;
     const size = Number(this.value(step.size));
-    const key = ((step.space ?? 0) << 16) | step.slot;
+    const key = slotKey(step);
     const old = vm.slots.get(key);
     if (size === 0) {
       vm.slots.delete(key);
@@ -201,7 +207,8 @@ export class Mirror {
       vm.slots.set(key, { ...old, gpa, flags: step.flags });
       return;
     }
-    vm.slots.set(key, { space: step.space ?? 0, id: step.slot, gpa, size, flags: step.flags });
+    const mapping = isMappedPage(step.hva) ? this.world.mappingIndex(step.hva.mapping) : null;
+    vm.slots.set(key, { space: step.space ?? 0, id: step.slot, gpa, size, flags: step.flags, mapping });
     this.#noteHost(vm, step, size);
   }
 

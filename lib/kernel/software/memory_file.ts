@@ -88,7 +88,10 @@ export class MemoryFile extends OpenFile {
   allocate(offset: number, length: number, keepSize: boolean): Result {
     const end = offset + length;
     if (!keepSize && end > this.size && this.seals & SEAL_GROW) return -ERRNO.EPERM;
-    this.store.allocate(Math.floor(offset / this.store.pageSize), Math.ceil(end / this.store.pageSize));
+    const [first, last] = [Math.floor(offset / this.store.pageSize), Math.ceil(end / this.store.pageSize)];
+    // shmem zeroes a page only when it is asked for it the second time, and from then on it counts as resident.
+    for (const { start, end: stop } of [...this.store.pages.within(first, last)]) this.store.touch(start, stop);
+    this.store.allocate(first, last);
     if (!keepSize) this.size = Math.max(this.size, end);
     return 0;
   }

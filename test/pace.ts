@@ -10,4 +10,4 @@ export const patience = onSoftware ? 1 : 5;
 export const times = (count: number): number => (onSoftware ? count : Math.ceil(count / 10));
 /** Of many combinations, those that are tried. */
 export const some = <T>(all: readonly T[]): readonly T[] =>
-  onSoftware ? all : all.filter((_, index) => index % 5 === 0);
+  onSoftware ? all : all.filter((_, index) => index % 10 === 0);

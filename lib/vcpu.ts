@@ -149,7 +149,9 @@ export class Vcpu extends Resource {
     throw this.#error(
       result,
       'KVM_RUN',
-      result === -ERRNO.EFAULT ? 'the guest touched memory of a slot whose host memory is not there' : null,
+      result === -ERRNO.EFAULT
+        ? 'the guest touched memory of a slot whose host memory is not there'
+        : this.#kernel.explain(),
     );
   }
 

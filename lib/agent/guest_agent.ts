@@ -8,7 +8,7 @@ import type { Memslot } from '../memslot.ts';
 import { guardConstructor, internal } from '../resource.ts';
 import { ERRNO, GiB, KiB, KVM_CAP } from '../uapi.ts';
 import { boolean, guestRange, integer, oneOf, options, rangeError, typeError } from '../validate.ts';
-import type { Vcpu } from '../vcpu.ts';
+import { Vcpu } from '../vcpu.ts';
 import { Vm } from '../vm.ts';
 import { enter, gdt, usesVmmcall } from './machine_setup.ts';
 import { PageTables } from './page_tables.ts';
@@ -33,6 +33,11 @@ export interface AgentOptions {
    * omitted. From its start: mailbox (4 KiB), code (4 KiB), descriptor table and stack (4 KiB), page tables (52 KiB), data buffer (64 KiB).
    */
   readonly address?: number;
+  /**
+   * A vCPU of the VM that has not run yet; a new one unless given. It is the agent's from then on. A host with protected KVM wants every vCPU
+   * of a VM created before the first one runs: there create all of them, and then boot.
+   */
+  readonly vcpu?: Vcpu;
   /**
    * Called for each exit of the vCPU that is not the agent's own: MMIO, a memory fault, a request for a conversion … 'resume' runs the guest
    * on, after the handler repaired or answered what it is about; 'stop' ends the command with an error that says what happened, and so does
@@ -124,16 +129,20 @@ export class GuestAgent implements Disposable {
    */
   static boot(vm: Vm, given: AgentOptions = {}): GuestAgent {
     if (!(vm instanceof Vm)) throw typeError('vm must be a Vm');
-    const { address, onExit, timeout = 10_000 } = options('options', given);
+    const { address, vcpu: mine, onExit, timeout = 10_000 } = options('options', given);
     if (onExit !== undefined && typeof onExit !== 'function') throw typeError('onExit must be a function');
     if (typeof timeout !== 'number') throw typeError('timeout must be a number');
+    if (mine !== undefined && !(mine instanceof Vcpu && mine.handle.vm === vm))
+      throw typeError('vcpu must be a Vcpu of the VM');
+    if ([...(agentsOf.get(vm) ?? [])].some(({ vcpu }) => vcpu === mine))
+      throw failed('EBUSY', ERRNO.EBUSY, 'boot', null, { why: 'the vCPU is another agent’s' });
     const conversionBy = hypercallsExit(vm) ? 'hypercall' : 'doorbell';
     const place = address === undefined ? freePlace(vm) : takenPlace(vm, address);
-    const vcpu = vm.createVcpu();
+    const vcpu = mine ?? vm.createVcpu();
     try {
       return new GuestAgent(internal, vm, vcpu, { place, onExit: onExit ?? null, timeout, conversionBy });
     } catch (error) {
-      vcpu.close();
+      if (!mine) vcpu.close();
       throw error;
     }
   }

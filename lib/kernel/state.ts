@@ -88,9 +88,9 @@ export class VmFile extends OpenFile {
   manualDirtyLog = 0;
   dirtyRing: 'none' | 'ring' | 'ring-with-bitmap' = 'none';
   hypercallMask = 0;
-  /** Ids of the vCPUs created so far, and whether one has run. */
+  /** Ids of the vCPUs created so far, and of those that were there when one ran for the first time. */
   readonly vcpuIds = new Set<number>();
-  hasRun = false;
+  firstRun: ReadonlySet<number> | null = null;
   readonly #slots: readonly Map<number, MemslotState>[];
   readonly #gfns: readonly RangeMap<MemslotState>[];
 

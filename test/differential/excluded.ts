@@ -47,9 +47,12 @@ export function excluded(step: Step, mirror: Mirror, kernel: Kernel): string | n
       return vm?.hasAgent && meetsAgent(Number(address), Number(size)) ? 'the memory of the guest agent' : null;
     }
     case 'fallocate': {
-      const size = mirror.sizeFor(step);
-      const length = pagesOf(mirror.value(step.length, size), mirror);
-      return step.mode < 2 && length > ALLOCATE_MAX && length < 2 ** 50 ? 'allocating much memory' : null;
+      const file = mirror.file(step.fd);
+      const [offset, length] = [mirror.value(step.offset, file?.size), mirror.value(step.length, file?.size)];
+      // Past its end a guest_memfd refuses; shmem has no end before that of all files.
+      const end = file?.kind === 'gmem' ? BigInt(file.size) : (1n << 63n) - 1n;
+      const fits = file !== undefined && BigInt(offset) + BigInt(length) <= end;
+      return step.mode < 2 && fits && pagesOf(length, mirror) > ALLOCATE_MAX ? 'allocating much memory' : null;
     }
     case 'enableCap':
       // A program that shrinks comes by numbers that were never chosen.

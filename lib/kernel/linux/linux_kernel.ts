@@ -17,6 +17,7 @@ import {
   KVM_GET_STATS_FD,
   KVM_GET_VCPU_MMAP_SIZE,
   KVM_RUN,
+  KVM_VM_TYPE_ARM_PROTECTED,
   MAP_ANONYMOUS,
   MAP_FIXED,
   MAP_FIXED_NOREPLACE,
@@ -616,6 +617,15 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
     });
   }
 
+  #createsProtected(kvm: number): boolean {
+    this.command.i32(0, kvm).u64(1, KVM_VM_TYPE_ARM_PROTECTED);
+    const vm = this.native.createVm();
+    if (vm < 0) return false;
+    this.command.i32(0, vm);
+    this.native.close();
+    return true;
+  }
+
   /** What the rules need to know of the running kernel, asked of it. */
   #probeMachine(kvm: number): Machine {
     const ask = (capability: number): boolean => this.ioctlWord(kvm, KVM_CHECK_EXTENSION, capability) > 0;
@@ -626,7 +636,7 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
       pageSize: this.pageSize,
       swProtected: ask(KVM_CAP.MEMORY_ATTRIBUTES),
       tdp: ask(KVM_CAP.PRE_FAULT_MEMORY),
-      pkvm: false,
+      pkvm: this.arch === 'aarch64' && this.#createsProtected(kvm),
       smm: ask(KVM_CAP.MULTI_ADDRESS_SPACE),
     });
     // What an fd that is not /dev/kvm answers is not to be remembered.

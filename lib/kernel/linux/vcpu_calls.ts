@@ -10,6 +10,7 @@ import {
 } from '../../uapi.ts';
 import { bytes, i32, u32, u64 } from '../arguments.ts';
 import type { DeviceAttr, Result, U64 } from '../kernel.ts';
+import { runRules } from '../rules/vcpu.ts';
 import { OpenFile, type VmFile } from '../state.ts';
 import { LinuxCalls } from './calls.ts';
 import { structRequests } from './struct_requests.ts';
@@ -20,13 +21,15 @@ const LONGEST = 2 ** 62;
 /** A vCPU keeps its VM. */
 class VcpuFile extends OpenFile {
   readonly vm: VmFile | undefined;
+  readonly id: number;
   /** Made when it is asked for. */
   page: Uint8Array | null = null;
   deadlinePassed = false;
 
-  constructor(vm: VmFile | undefined) {
+  constructor(vm: VmFile | undefined, id: number) {
     super('vcpu');
     this.vm = vm?.hold();
+    this.id = id;
   }
 
   protected override released(): void {
@@ -42,7 +45,7 @@ export abstract class VcpuCalls extends LinuxCalls {
     this.command.i32(0, this.own(vm)).u64(1, number);
     const fd = this.native.createVcpu();
     if (fd >= 0) owner?.vcpuIds.add(number);
-    return this.opened(fd, () => new VcpuFile(owner));
+    return this.opened(fd, () => new VcpuFile(owner, number));
   }
 
   createIrqchip(vm: number): Result {
@@ -160,15 +163,18 @@ export abstract class VcpuCalls extends LinuxCalls {
   #ran(file: OpenFile | undefined, result: Result): Result {
     if (result >= 0) return result;
     const passed = result === -ERRNO.ETIME;
-    if (file instanceof VcpuFile) file.deadlinePassed = passed;
-    return this.answer(passed ? -ERRNO.EINTR : result);
+    if (!(file instanceof VcpuFile)) return this.answer(result);
+    file.deadlinePassed = passed;
+    const { vm, id } = file;
+    // Asked only when the kernel says that it was not.
+    return this.refused(passed ? -ERRNO.EINTR : result, runRules, vm && { vm, id, initialised: false }, null);
   }
 
   #runCommand(vcpu: number, deadline: number): OpenFile | undefined {
     if (typeof deadline !== 'number' || !(deadline >= 0))
       throw new TypeError('deadline must be a number of milliseconds');
     const file = this.files.get(i32('vcpu', vcpu));
-    if (file instanceof VcpuFile && file.vm) file.vm.hasRun = true;
+    if (file instanceof VcpuFile && file.vm) file.vm.firstRun ??= new Set(file.vm.vcpuIds);
     this.command.i32(0, file ? vcpu : -1).u64(1, Math.min(Math.ceil(deadline * 1e6), LONGEST));
     return file;
   }

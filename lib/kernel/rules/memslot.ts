@@ -213,7 +213,7 @@ export const memslotRules: readonly SlotRule[] = [
   }),
   rule('EPERM', 'protected-has-run', (vm, r) => {
     const changes = existing(vm, r) && !isSameRegion(vm, r);
-    return vm.isProtected && vm.hasRun && changes && 'slots of a protected VM cannot change once it has run';
+    return vm.isProtected && vm.firstRun !== null && changes && 'slots of a protected VM cannot change once it has run';
   }),
   rule('EPERM', 'protected-flags', (vm, r) => {
     const wrong = vm.isProtected && !isDelete(r) && r.flags & (KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY);

@@ -2,6 +2,7 @@ import { hex } from '../../format.ts';
 import { ERRNO, KVM_RUN } from '../../uapi.ts';
 import { bytes, i32, isAligned, isZero, toPages, u32, u64, wraps } from '../arguments.ts';
 import type { DeviceAttr, Result, U64 } from '../kernel.ts';
+import { runRules } from '../rules/vcpu.ts';
 import { VmFile } from '../state.ts';
 import type { ExecutorFactory, GuestBus } from './executor.ts';
 import { SoftwareBus } from './guest_bus.ts';
@@ -60,16 +61,17 @@ export abstract class VcpuCalls extends MappingCalls {
     const cpu = this.#vcpu(vcpu);
     if (typeof cpu === 'number') return cpu;
     if (cpu.running) return this.refuse('EBUSY', 'the vCPU runs already');
-    if (!cpu.initialised) return this.refuse('ENOEXEC', 'the vCPU needs KVM_ARM_VCPU_INIT first');
+    const refused = this.check(runRules, cpu, null);
+    if (refused !== null) return refused;
     const end = performance.now() + deadline;
     const bus = new SoftwareBus(cpu.vm, this.memory);
-    cpu.vm.hasRun = true;
+    cpu.vm.firstRun ??= new Set(cpu.vm.vcpuIds);
     cpu.complete();
     // An answered exit is completed even when the run ends at once. Contract §13.1.
-    if (cpu.kicked || cpu.immediateExit) {
+    if (cpu.kicked || cpu.immediateExit || deadline === 0) {
+      cpu.deadlinePassed = !cpu.kicked && !cpu.immediateExit;
       cpu.kicked = false;
-      cpu.deadlinePassed = false;
-      return this.refuse('EINTR', 'the vCPU was kicked');
+      return this.refuse('EINTR', 'the vCPU was kicked, or has no time');
     }
     const { answer } = cpu;
     cpu.answer = null;

@@ -1,4 +1,5 @@
 import { KVM_MEM_READONLY, KVM_VM_TYPE_ARM_PROTECTED, PROT_NONE, PROT_READ } from '../../../lib/uapi.ts';
+import { initialise } from '../../../lib/vcpu_setup.ts';
 import { useVcpu } from '../child_programs.ts';
 import { codePage, fault, mmioRead, mmioWrite, unexplained } from '../guest.ts';
 import {
@@ -9,6 +10,8 @@ import {
   machineCode,
   mappable,
   mmioCache,
+  ordinaryHost,
+  protectedHost,
   protectedVm,
   reachable,
   shareable,
@@ -40,6 +43,16 @@ const boundFile = (flags: number, type?: number) => (s: Scenario) => {
   for (let page = 0; page < 4; page++) s.put(memory, page, 66);
   s.bind(vm, { pages: 4, file, hva: s.kernel.addressOf(memory) });
   return { vm, file, memory, guest: s.guest(vm) };
+};
+
+/** Runs that end before the guest does: of a first vCPU, then of one created after it. */
+const lateVcpu = (s: Scenario) => {
+  const vm = s.vm();
+  return [0, 1].map((id) => {
+    const vcpu = s.vcpu(vm, id);
+    initialise(s.kernel, vm, vcpu);
+    return s.kernel.run(vcpu, 0);
+  });
 };
 
 /** The same with the file's own mapping as the host's side: what a VMM sets up. */
@@ -500,5 +513,15 @@ export const runs = section('KVM_RUN', [
     given: (s) => s.vcpu(s.vm()),
     when: (s, vcpu) => [s.kernel.run(vcpu, 1000), s.kernel.getOneReg(vcpu, 0x6030_0000_0010_0040n, new Uint8Array(8))],
     expect: ['ENOEXEC', 'ENOEXEC'],
+  }),
+  scenario('13.1 late vCPU', 'a vCPU that is created when another has run', {
+    needs: [ordinaryHost],
+    when: lateVcpu,
+    expect: ['EINTR', 'EINTR'],
+  }),
+  scenario('13.1 late vCPU, protected host', 'arm64 pKVM host: a vCPU that is created when another has run is EINVAL', {
+    needs: [protectedHost],
+    when: lateVcpu,
+    expect: ['EINTR', 'EINVAL'],
   }),
 ]);

@@ -15,9 +15,9 @@ const { EBADF, EBUSY, EEXIST, EFAULT, EINTR, EINVAL, E2BIG } = ERRNO;
 const EXIT_REASON = 8;
 const IMMEDIATE_EXIT = 1;
 const [IO, HLT, MMIO] = [2, 5, 6];
-/** What no test waits for: a run that ends because of it has lost its kick. */
 /** How often a run has to end; GUEST_MEMFD_RUNS asks for more. */
-const RUNS = Number(process.env.GUEST_MEMFD_RUNS ?? 1000);
+const RUNS = Number(process.env.GUEST_MEMFD_RUNS ?? 10_000);
+/** What no test waits for: a run that ends because of it has lost its kick. */
 const LONG = 60_000;
 
 const kernel = realKernel();

@@ -1,19 +1,22 @@
+import { spawnSync } from 'node:child_process';
+import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { softwareKernel } from '../../lib/kernel/index.ts';
 import { Machine } from '../../lib/kernel/machine.ts';
 import { kernelVersions, type ModelOptions } from '../../lib/model_options.ts';
-import type { ErrnoName } from '../../lib/uapi.ts';
 import { sections } from '../conformance/cases/index.ts';
 import { Scenario } from '../conformance/scenario.ts';
 import { forked, judge, needsOf } from '../conformance/suite.ts';
 import { fuzz } from './fuzz.ts';
 import { factsOf } from './machine.ts';
+import { type Mutant, mutants, named } from './mutant.ts';
 import type { Call } from './program.ts';
-import { type AnyRule, replaceRules, ruleLists } from './rules.ts';
+import { type AnyRule, allRuleLists, replaceRules } from './rules.ts';
 import { explainSurvivor } from './survivors.ts';
 import { unreachable } from './unreachable.ts';
 
-// `npm run mutants`: models that have one rule wrong. The fuzzer, against the model as it is, or a conformance case has to notice.
+// `npm run mutants`: models that have one rule wrong. The fuzzer, against the model as it is, a conformance case or a test of a
+// proposal has to notice.
 
 /** Programs tried on a mutant, in rounds, the last of which only makes the calls the rule is about: most are noticed in the first. */
 const ROUNDS: readonly number[] = [10, 40, 400];
@@ -43,47 +46,22 @@ const about: Readonly<Record<string, readonly Call[]>> = {
   mmap: ['mmap', 'createGuestMemfd', 'memfdCreate', 'createVcpu', 'fcntl'],
 };
 
-type Kind = 'removed' | 'errno changed' | 'swapped with the next';
-const kinds: readonly Kind[] = ['removed', 'errno changed', 'swapped with the next'];
-
-interface Mutant {
-  readonly list: string;
-  readonly index: number;
-  readonly rule: AnyRule;
-  readonly kind: Kind;
-  readonly rules: readonly AnyRule[];
-}
-
-function* mutants(): Generator<Mutant> {
-  for (const [list, rules] of Object.entries(ruleLists)) {
-    const originals = [...rules];
-    for (const [index, rule] of originals.entries()) {
-      for (const kind of kinds) {
-        const mutated = mutate(originals, index, kind);
-        if (mutated) yield { list, index, rule, kind, rules: mutated };
-      }
-    }
-  }
-}
-
-function mutate(rules: readonly AnyRule[], index: number, kind: Kind): readonly AnyRule[] | null {
-  const [rule, next] = [rules[index] as AnyRule, rules[index + 1]];
-  if (kind === 'removed') return rules.filter((_, other) => other !== index);
-  if (kind === 'errno changed') return rules.with(index, { ...rule, errno: (s, r) => another(errnoOf(rule, s, r)) });
-  return next ? rules.with(index, next).with(index + 1, rule) : null;
-}
-
-function errnoOf({ errno }: AnyRule, subject: unknown, request: unknown): ErrnoName {
-  return typeof errno === 'string' ? errno : errno(subject, request);
-}
-
-function another(errno: ErrnoName): ErrnoName {
-  return errno === 'EINVAL' ? 'EPERM' : 'EINVAL';
-}
+/** The tests of what only a proposal has, by the list its rules are in. */
+const proposals: Readonly<Record<string, readonly string[]>> = {
+  createGuestMemfd: ['large_folios'],
+  fallocate: ['large_folios'],
+  mmap: ['guest_seal'],
+  conversion: ['in_place_conversion', 'in_place_protocol', 'large_folios'],
+  grantRing: ['grant_ring'],
+  guestSeal: ['guest_seal'],
+  guestFile: ['guest_seal'],
+  guestFileFallocate: ['guest_seal'],
+  transfer: ['write_population'],
+};
 
 /** What noticed the mutant, or null. */
 async function noticed(mutant: Mutant, hopeless: boolean): Promise<string | null> {
-  const list = ruleLists[mutant.list] as readonly AnyRule[];
+  const list = allRuleLists[mutant.list] as readonly AnyRule[];
   const originals = [...list];
   const asMutant = <T>(call: () => T): T => {
     replaceRules(list, mutant.rules);
@@ -93,7 +71,9 @@ async function noticed(mutant: Mutant, hopeless: boolean): Promise<string | null
       replaceRules(list, originals);
     }
   };
-  const sensible = models.filter((model) => !unreachable(model, mutant.list, mutant.rule.name, mutant.index));
+  const sensible = about[mutant.list]
+    ? models.filter((model) => !unreachable(model, mutant.list, mutant.rule.name, mutant.index))
+    : [];
   for (const [round, runs] of ROUNDS.entries()) {
     for (const model of sensible) {
       const pair = { model: () => softwareKernel(model), other: () => softwareKernel(model), facts: factsOf(model) };
@@ -106,6 +86,20 @@ async function noticed(mutant: Mutant, hopeless: boolean): Promise<string | null
     const failed = await failingCase(new Set([...sensible, ...models]));
     replaceRules(list, originals);
     if (failed) return `case ${failed}`;
+  }
+  return failingTest(mutant);
+}
+
+/** The first file of tests that fails in a process whose software kernels are the mutant. */
+function failingTest(mutant: Mutant): string | null {
+  const here = (path: string) => fileURLToPath(new URL(path, import.meta.url));
+  for (const file of proposals[mutant.list] ?? []) {
+    const { status } = spawnSync(
+      process.execPath,
+      ['--expose-gc', '--import', here('as_mutant.js'), here(`../proposals/${file}.test.js`)],
+      { env: { ...process.env, MUTANT: named(mutant) }, stdio: 'ignore' },
+    );
+    if (status !== 0) return `proposals/${file}.test`;
   }
   return null;
 }
@@ -127,7 +121,7 @@ async function failingCase(tried: Iterable<ModelOptions>): Promise<string | null
 
 /** Both rules say the same errno on every kernel, so which of them speaks first cannot be seen at the boundary. */
 function sameErrno({ list, index, rule, kind }: Mutant): boolean {
-  const next = ruleLists[list]?.[index + 1];
+  const next = allRuleLists[list]?.[index + 1];
   return kind === 'swapped with the next' && typeof rule.errno === 'string' && rule.errno === next?.errno;
 }
 
@@ -135,8 +129,7 @@ const { values } = parseArgs({ options: { only: { type: 'string' }, verbose: { t
 const total = { noticed: 0, explained: 0, unexplained: 0 };
 const survivors: string[] = [];
 for (const mutant of mutants()) {
-  const next = mutant.kind.startsWith('swapped') ? ` (${ruleLists[mutant.list]?.[mutant.index + 1]?.name})` : '';
-  const name = `${mutant.list} ${mutant.rule.name}: ${mutant.kind}${next}`;
+  const name = named(mutant);
   if (values.only && !name.includes(values.only)) continue;
   const equal = sameErrno(mutant);
   const by = await noticed(mutant, equal);

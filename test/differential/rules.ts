@@ -1,16 +1,21 @@
+import { conversionRules } from '../../lib/kernel/rules/conversion.ts';
 import { clearDirtyLogRules, getDirtyLogRules } from '../../lib/kernel/rules/dirty_log.ts';
+import { grantRingRules } from '../../lib/kernel/rules/grant_ring.ts';
 import { createGuestMemfdRules, fallocateRules, vfsFallocateRules } from '../../lib/kernel/rules/guest_memfd.ts';
 import { memoryAttributesRules } from '../../lib/kernel/rules/memory_attributes.ts';
 import { memslotRules } from '../../lib/kernel/rules/memslot.ts';
 import type { Rule } from '../../lib/kernel/rules/rule.ts';
+import { runRules } from '../../lib/kernel/rules/vcpu.ts';
 import { createVmRules, enableCapRules } from '../../lib/kernel/rules/vm.ts';
+import { transferRules } from '../../lib/kernel/software/guest_memfd_io.ts';
+import { guestFileFallocateRules, guestFileRules, guestSealRules } from '../../lib/kernel/software/guest_seal_rules.ts';
 import { mmapRules } from '../../lib/kernel/software/mmap_rules.ts';
 
 // biome-ignore lint/suspicious/noExplicitAny: lists of rules on different subjects, which are only passed through.
 export type AnyRule = Rule<any, any>;
 type RuleList = readonly AnyRule[];
 
-/** Every list of rules that decides an errno of the model, by name. */
+/** Every list of rules that decides an errno of the model of a kernel that exists, by name. */
 export const ruleLists: Readonly<Record<string, RuleList>> = {
   createVm: createVmRules,
   createGuestMemfd: createGuestMemfdRules,
@@ -23,6 +28,19 @@ export const ruleLists: Readonly<Record<string, RuleList>> = {
   clearDirtyLog: clearDirtyLogRules,
   mmap: mmapRules,
 };
+
+/** Those of what random programs do not call: the interfaces that are only proposed, and guests of their own. */
+export const otherRuleLists: Readonly<Record<string, RuleList>> = {
+  run: runRules,
+  conversion: conversionRules,
+  grantRing: grantRingRules,
+  guestSeal: guestSealRules,
+  guestFile: guestFileRules,
+  guestFileFallocate: guestFileFallocateRules,
+  transfer: transferRules,
+};
+
+export const allRuleLists: Readonly<Record<string, RuleList>> = { ...ruleLists, ...otherRuleLists };
 
 /** The lists are constant to everyone but these tests, which put others in a rule's place for a while. */
 export function replaceRules(list: RuleList, rules: RuleList): void {

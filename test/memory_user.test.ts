@@ -5,6 +5,7 @@ import {
   type ConversionNotice,
   type ConvertOptions,
   type GuestMemfd,
+  type GuestRange,
   type HostMemory,
   KvmError,
   type MemoryUser,
@@ -249,6 +250,65 @@ await withPair(
   },
   ['convert'],
 );
+
+await withPair('seed 0.10: users hear of a punch before pages go', async (t, { vm, P, memory, file, convert }) => {
+  const heard: string[] = [];
+  let problem: Error | undefined;
+  const pages = (ranges: readonly GuestRange[]) => ranges.map(({ address, size }) => `${address / P}+${size / P}`);
+  const user = vm.addMemoryUser({
+    name: 'device',
+    discarding: (ranges) => {
+      heard.push(
+        `${pages(ranges).join(' ')}: ${file.residentBytes() / P} private, ${memory.residentBytes() / P} shared`,
+      );
+      if (problem) throw problem;
+    },
+  });
+  await convert(4, 4, 'private');
+  await convert(10, 2, 'private');
+  file.allocate();
+  memory.bytes().fill(1);
+  t.same(heard, [], 'a conversion asks instead');
+  file.punchHole({ offset: 5 * P, size: 6 * P });
+  t.same(heard.splice(0), ['5+3 10+1: 16 private, 16 shared'], 'what the guest sees of them, and they are still there');
+  file.punchHole({ offset: 0, size: 4 * P });
+  t.same(heard, [], 'the guest has other memory there');
+  memory.discard({ offset: 0, size: 5 * P });
+  t.same(heard.splice(0), ['0+4: 6 private, 16 shared']);
+  problem = new Error('DMA is at work');
+  const thrown = (await rejection((async () => file.punchHole())())) as Error;
+  t.equal(thrown, problem);
+  await t.rejects((async () => memory.discard({ offset: 0, size: 16 * P }))(), problem);
+  t.same([file.residentBytes(), memory.residentBytes()], [6 * P, 11 * P], 'and nothing has gone');
+  heard.length = 0;
+  t.equal((await rejection((async () => file.punchHole({ offset: 1, size: P }))())).code, 'EINVAL');
+  t.same(heard, [], 'what is refused anyway is nobody’s business');
+  user.remove();
+  file.punchHole();
+  t.equal(file.residentBytes(), 0);
+});
+
+await everywhere(t, 'seed 0.10: of a file that the host sees too, and of plain memory', async (t, world) => {
+  const { vm, P, host, shared, backend } = world;
+  const plain = host(4);
+  vm.createMemslot({ address: 0, size: 2 * P, hostMemory: plain });
+  vm.createMemslot({ address: 8 * P, size: 2 * P, hostMemory: plain });
+  const heard: GuestRange[] = [];
+  vm.addMemoryUser({ name: 'device', discarding: (ranges) => void heard.push(...ranges) });
+  plain.discard({ offset: P, size: 2 * P });
+  t.same(heard.splice(0), [
+    { address: P, size: P },
+    { address: 9 * P, size: P },
+  ]);
+  if (vm.capabilities.guestMemfdInitShared) {
+    const file = shared(4);
+    vm.createMemslot({ address: 16 * P, size: 2 * P, guestMemfd: file, guestMemfdOffset: 2 * P });
+    file.punchHole();
+    t.same(heard, [{ address: 16 * P, size: 2 * P }], backend.name);
+    vm.addMemoryUser({ name: 'rude', discarding: () => vm.close() });
+    refused(t, () => file.punchHole(), 'ERR_CLOSED');
+  }
+});
 
 await everywhere(t, 'who may hold what', async (t, { vm, kvm, P, host }) => {
   vm.createMemslot({ address: 0, size: 2 * P, hostMemory: host(4) });

@@ -14,6 +14,8 @@ export class FailingKernel {
   /** Index of the call to refuse, and of all that come after it when `forEver`. */
   failAt = -1;
   forEver = false;
+  /** Where given, only these calls are counted. */
+  only: string | null = null;
   errno: number = ERRNO.ENOMEM;
 
   constructor(model?: ModelOptions) {
@@ -24,7 +26,7 @@ export class FailingKernel {
         if (typeof value !== 'function') return value;
         return (...args: unknown[]) => {
           const [, call, later] = CALLS.exec(String(name)) ?? [];
-          if (!call) return value.apply(target, args);
+          if (!call || (this.only !== null && call !== this.only)) return value.apply(target, args);
           const index = this.calls.push(call) - 1;
           const refused = this.failAt >= 0 && (this.forEver ? index >= this.failAt : index === this.failAt);
           if (!refused) return value.apply(target, args);

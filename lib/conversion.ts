@@ -140,7 +140,7 @@ export class Conversion {
   readonly #retries: number;
   /** Users that were asked, and have not heard how it ended. */
   readonly #asked: MemoryUser[] = [];
-  #settled = false;
+  #phase: 'waiting' | 'working' | 'settled' = 'waiting';
 
   constructor(owner: ConversionOwner, range: GuestRange, to: Visibility, given: ConvertOptions = {}) {
     const {
@@ -171,7 +171,12 @@ export class Conversion {
 
   /** Nothing is going to change any more, so others may work on the range. */
   get settled(): boolean {
-    return this.#settled;
+    return this.#phase === 'settled';
+  }
+
+  /** Users are being asked, or it is being carried out: too late to hold any of it. Before, a hold is one more to be asked for. */
+  get working(): boolean {
+    return this.#phase === 'working';
   }
 
   runSync(): ConversionReport {
@@ -256,18 +261,19 @@ export class Conversion {
     this.#assertPossible();
     this.#assertBacked(changed);
     const notice: ConversionNotice = { ranges: changed, to: this.#to };
+    this.#phase = 'working';
     let done: Pick<ConversionReport, 'freedBytes' | 'undiscarded'>;
     try {
       yield* this.#ask(notice);
       this.#assertFree(changed);
       done = yield* this.#apply(changed, unchanged);
     } catch (error) {
-      this.#settled = true;
+      this.#phase = 'settled';
       this.#tell((user) => user.listener.kept?.(notice));
-      this.#settled = false;
+      this.#phase = 'waiting';
       throw error;
     }
-    this.#settled = true;
+    this.#phase = 'settled';
     this.#asked.reverse();
     const complaints = this.#tell((user) => user.listener.converted?.(notice));
     return {

@@ -7,7 +7,7 @@ import { guardConstructor, type internal } from './resource.ts';
 import { guestRange, options, text, typeError } from './validate.ts';
 import type { Vm } from './vm.ts';
 
-/** A conversion, as those who use guest memory see it. */
+/** A conversion, as those who use guest memory see it: one object from `converting` to `converted` or `kept`. */
 export interface ConversionNotice {
   /** What changes sides: parts of the range that was asked for, in ascending order. */
   readonly ranges: readonly GuestRange[];

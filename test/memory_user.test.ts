@@ -147,6 +147,30 @@ await withPair('a device takes its hold back when it is asked', async (t, { vm, 
   spoiler.remove();
 });
 
+await withPair(
+  'what a conversion waits for may still be held',
+  async (t, { vm, P, convert }) => {
+    const range = { address: 0, size: 2 * P };
+    let taken = 0;
+    const device = vm.addMemoryUser({
+      name: 'nvme',
+      converting: () => {
+        taken += device.holds.length;
+        for (const hold of device.holds) hold.release();
+        return undefined;
+      },
+      converted: ({ to }) => void (to === 'shared' && device.hold(range)),
+    });
+    const reports = await Promise.all([convert(0, 2, 'private'), convert(0, 2, 'shared'), convert(0, 2, 'private')]);
+    t.same(
+      reports.map(({ complaints }) => complaints),
+      [undefined, undefined, undefined],
+    );
+    t.equal(taken, 1, 'and it is asked for it');
+  },
+  ['convert'],
+);
+
 await withPair('users that throw', async (t, { vm, convert }) => {
   const heard: string[] = [];
   listener(vm, 'a', heard);
@@ -182,6 +206,7 @@ await withPair(
       },
     });
     const report = convert(0, 4, 'private');
+    await wait(1);
     t.match(await rejection((async () => user.hold({ address: P, size: P }))()), { code: 'EBUSY' });
     t.equal((await report).changed.length, 1);
     const late = await rejection((async () => vm.convertSync({ address: 0, size: P }, 'shared'))());

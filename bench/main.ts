@@ -15,6 +15,7 @@ import { benchCopies } from './copies.ts';
 import { benchCycles } from './cycles.ts';
 import { meetsBar, type Result, type Row } from './measure.ts';
 import { benchConversions, benchModel } from './model.ts';
+import { benchPlanning } from './planning.ts';
 import { benchRanges } from './ranges.ts';
 import { benchVcpu } from './vcpu.ts';
 
@@ -29,6 +30,7 @@ const sections: Readonly<Record<string, Section>> = {
   copies: { title: 'Guarded copies and views, against memcpy', run: benchCopies },
   conversions: { title: 'Software kernel: many conversions', run: benchConversions },
   model: { title: 'Software kernel: many ranges, and single calls', run: benchModel },
+  planning: { title: 'A conversion, and what is beside it', run: benchPlanning },
   ranges: { title: 'RangeMap', run: benchRanges },
   cycles: { title: 'Create and close VM, guest_memfd, slots and windows', run: benchCycles },
 };

@@ -41,7 +41,7 @@ export interface ConversionReport {
   readonly changed: readonly GuestRange[];
   /** What was as wanted already, and was left alone. */
   readonly unchanged: readonly GuestRange[];
-  /** Bytes given back to the host by discarding the other side: resident before, gone after. */
+  /** Bytes given back to the host by discarding the other side: resident before, gone after. What the host may not count (no cachestat(2)) is left out. */
   readonly freedBytes: number;
   /** Where there is any: what the kernel would not give back, so that its bytes are held twice. */
   readonly undiscarded?: readonly GuestRange[];
@@ -112,6 +112,16 @@ interface Part extends GuestRange {
 /** What comes out of a step when the driver has made the call. */
 type Steps<T> = Generator<Step, T, Answer>;
 
+/** Bytes, or null where nobody may count them: a sandbox without cachestat(2) does not keep memory from being given back. */
+function measured(backing: Backing): number | null {
+  try {
+    return backing.residentBytes();
+  } catch (error) {
+    if (error instanceof KvmError && error.code !== 'ERR_CLOSED') return null;
+    throw error;
+  }
+}
+
 /** Lets the driver rest between pieces that need no call. */
 const PAUSE: Step = { syscall: '', args: {}, sync: () => 0, async: async () => 0 };
 
@@ -130,7 +140,7 @@ export class Conversion {
   readonly #retries: number;
   /** Users that were asked, and have not heard how it ended. */
   readonly #asked: MemoryUser[] = [];
-  #settled = false;
+  #phase: 'waiting' | 'working' | 'settled' = 'waiting';
 
   constructor(owner: ConversionOwner, range: GuestRange, to: Visibility, given: ConvertOptions = {}) {
     const {
@@ -161,7 +171,12 @@ export class Conversion {
 
   /** Nothing is going to change any more, so others may work on the range. */
   get settled(): boolean {
-    return this.#settled;
+    return this.#phase === 'settled';
+  }
+
+  /** Users are being asked, or it is being carried out: too late to hold any of it. Before, a hold is one more to be asked for. */
+  get working(): boolean {
+    return this.#phase === 'working';
   }
 
   runSync(): ConversionReport {
@@ -237,25 +252,28 @@ export class Conversion {
   *#steps(): Steps<ConversionReport> {
     this.#signal?.throwIfAborted();
     this.#owner.assertOpen();
-    const { changed, unchanged } = this.#split();
+    const { attributes } = this.#owner.vm;
+    const changed = attributes.rangesOf(this.#to === 'private' ? 'shared' : 'private', this.range);
+    const unchanged = attributes.rangesOf(this.#to, this.range);
     const report = { to: this.#to, changed, unchanged, freedBytes: 0 };
     const { conversion } = this.#owner.vm.capabilities;
     if (changed.length === 0) return { ...report, contentBy: 'none', conversion };
     this.#assertPossible();
     this.#assertBacked(changed);
     const notice: ConversionNotice = { ranges: changed, to: this.#to };
+    this.#phase = 'working';
     let done: Pick<ConversionReport, 'freedBytes' | 'undiscarded'>;
     try {
       yield* this.#ask(notice);
       this.#assertFree(changed);
       done = yield* this.#apply(changed, unchanged);
     } catch (error) {
-      this.#settled = true;
+      this.#phase = 'settled';
       this.#tell((user) => user.listener.kept?.(notice));
-      this.#settled = false;
+      this.#phase = 'waiting';
       throw error;
     }
-    this.#settled = true;
+    this.#phase = 'settled';
     this.#asked.reverse();
     const complaints = this.#tell((user) => user.listener.converted?.(notice));
     return {
@@ -320,51 +338,50 @@ export class Conversion {
       for (const backing of this.#backings(changed, this.#to)) yield* this.#call(backing.discard);
     if (this.#to === 'private') for (const { address, size } of changed) this.#owner.detachViews(address, size);
     yield* this.#setAll(changed, unchanged);
-    const done = yield* this.#discardHidden(changed);
-    if (this.#content === 'zero')
-      for (const backing of this.#backings(changed, 'both')) yield* this.#call(backing.discard);
-    return done;
+    return yield* this.#discardRest(changed);
   }
 
   /**
-   * Gives back the side that nobody sees any more. While nothing is lost yet, a failure undoes the conversion; afterwards it is too late for
-   * that, and the conversion has taken place.
+   * Empties memory that is both sides at once where that was asked for, and gives back the side that nobody sees any more. While nothing is lost
+   * yet, a failure undoes the conversion; afterwards it is too late for that, and the conversion has taken place. Memory that was to be emptied
+   * and is not undoes it in any case: somebody would see what was promised to be gone.
    */
-  *#discardHidden(changed: readonly GuestRange[]): Steps<Pick<ConversionReport, 'freedBytes' | 'undiscarded'>> {
+  *#discardRest(changed: readonly GuestRange[]): Steps<Pick<ConversionReport, 'freedBytes' | 'undiscarded'>> {
     let freedBytes = 0;
+    let lost = false;
     const undiscarded: GuestRange[] = [];
+    const undo = (cause: unknown): Steps<void> =>
+      this.#undo(
+        [...this.#chunks(changed)].flatMap((chunk) => this.#parts(chunk)),
+        cause,
+      );
+    try {
+      if (this.#content === 'zero')
+        for (const { discard } of this.#backings(changed, 'both')) {
+          yield* this.#call(discard);
+          lost = true;
+        }
+    } catch (error) {
+      yield* undo(error);
+      throw error;
+    }
     for (const backing of this.#backings(changed, this.#to === 'private' ? 'shared' : 'private')) {
-      yield* this.#call(PAUSE);
-      const before = backing.residentBytes();
-      if (before === 0) continue;
       try {
+        yield* this.#call(PAUSE);
+        const before = measured(backing);
+        if (before === 0) continue;
         yield* this.#call(backing.discard);
+        lost = true;
+        freedBytes += (before ?? 0) - (measured(backing) ?? 0);
       } catch (error) {
-        if (freedBytes === 0 || this.#owner.vm.closed) {
-          yield* this.#undo(
-            [...this.#chunks(changed)].flatMap((chunk) => this.#parts(chunk)),
-            error,
-          );
+        if (!lost || this.#owner.vm.closed) {
+          yield* undo(error);
           throw error;
         }
         undiscarded.push(backing.range);
-        continue;
       }
-      freedBytes += before - backing.residentBytes();
     }
     return { freedBytes, ...(undiscarded.length > 0 && { undiscarded }) };
-  }
-
-  #split(): { changed: GuestRange[]; unchanged: GuestRange[] } {
-    const { address, size } = this.range;
-    const secret = this.#owner.vm.attributes.privateRanges(this.range);
-    const open: GuestRange[] = [];
-    let at = address;
-    for (const range of [...secret, { address: address + size, size: 0 }]) {
-      if (range.address > at) open.push({ address: at, size: range.address - at });
-      at = range.address + range.size;
-    }
-    return this.#to === 'private' ? { changed: open, unchanged: secret } : { changed: secret, unchanged: open };
   }
 
   #assertPossible(): void {

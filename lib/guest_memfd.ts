@@ -4,6 +4,7 @@ import type { FileRange } from './guest_range.ts';
 import { Holds } from './holds.ts';
 import { keptAlive, refuseIfInUse, residentBytes, WINDOW_MAX } from './host_memory.ts';
 import type { Kernel, Result } from './kernel/kernel.ts';
+import { tellOfDiscard } from './memory_user.ts';
 import type { Memslot } from './memslot.ts';
 import { guardConstructor, type internal, Resource } from './resource.ts';
 import {
@@ -78,14 +79,18 @@ export class GuestMemfd extends Resource {
   }
 
   /**
-   * Gives pages of the file back to the host. The guest loses its mappings first; its next access reads zeros.
+   * Gives pages of the file back to the host. Memory users hear of it first (`discarding`), then the guest loses its mappings; its next access
+   * reads zeros.
    *
    * @param range Bytes of the file, page-aligned; the whole file when omitted.
-   * @throws KvmError `EINVAL` unaligned range · `ERR_CLOSED`
+   * @throws KvmError `EINVAL` unaligned range · `ERR_CLOSED` · what a user threw
    * @see fallocate(2) with FALLOC_FL_PUNCH_HOLE; guest_memfd since Linux 6.8
    */
   punchHole(range?: FileRange): void {
-    this.#fallocate(PUNCH_HOLE, range);
+    const hole = fileRange('range', range, this.size);
+    this.assertOpen();
+    tellOfDiscard(this.#slots, 'guestMemfdOffset', hole);
+    this.#fallocate(PUNCH_HOLE, hole);
   }
 
   /**

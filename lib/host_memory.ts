@@ -4,6 +4,7 @@ import type { FileRange } from './guest_range.ts';
 import { Holds } from './holds.ts';
 import type { Kernel, Result } from './kernel/kernel.ts';
 import type { Kvm } from './kvm.ts';
+import { tellOfDiscard } from './memory_user.ts';
 import type { Memslot } from './memslot.ts';
 import { guardConstructor, type internal, Resource } from './resource.ts';
 import {
@@ -174,10 +175,10 @@ export class HostMemory extends Resource {
   }
 
   /**
-   * Gives pages back to the host; they read as zeros afterwards.
+   * Gives pages back to the host, after memory users have heard of it (`discarding`); they read as zeros afterwards.
    *
    * @param range Bytes, aligned to the page size ('hugetlb': to its page size).
-   * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `EOPNOTSUPP` (a file system without holes), `ERR_CLOSED`
+   * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `EOPNOTSUPP` (a file system without holes), `ERR_CLOSED` · what a user threw
    * @see madvise(2) with MADV_DONTNEED; for a 'memfd' or 'file' with MADV_REMOVE
    */
   discard(range: FileRange): void {
@@ -185,6 +186,8 @@ export class HostMemory extends Resource {
     if (offset % this.#alignment !== 0 || size % this.#alignment !== 0) {
       throw rangeError(`range must be made of whole pages of ${this.#alignment} bytes, got ${offset}, +${size}`);
     }
+    this.assertOpen();
+    tellOfDiscard(this.#shown.holders(offset, offset + size), 'hostOffset', { offset, size });
     this.assertOpen();
     checked(this.#kernel, this.#kernel.madvise(this.#mapping, offset, size, this.#advice), 'madvise', { offset, size });
   }

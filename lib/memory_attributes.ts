@@ -49,6 +49,19 @@ export class MemoryAttributes implements Iterable<GuestRange & { readonly visibi
     });
   }
 
+  /** @internal The parts of a range that are one or the other. */
+  rangesOf(visibility: Visibility, within: GuestRange): GuestRange[] {
+    const secret = this.privateRanges(within);
+    if (visibility === 'private') return secret;
+    const open: GuestRange[] = [];
+    let at = within.address;
+    for (const range of [...secret, { address: within.address + within.size, size: 0 }]) {
+      if (range.address > at) open.push({ address: at, size: range.address - at });
+      at = range.address + range.size;
+    }
+    return open;
+  }
+
   get privateBytes(): number {
     return this.#gfns.length * this.#pageSize;
   }

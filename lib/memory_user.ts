@@ -1,12 +1,13 @@
 import { KvmError } from './errors.ts';
 import { formatRange } from './format.ts';
-import type { GuestRange, Visibility } from './guest_range.ts';
+import type { FileRange, GuestRange, Visibility } from './guest_range.ts';
 import type { Hold, Holds } from './holds.ts';
+import type { Memslot } from './memslot.ts';
 import { guardConstructor, type internal } from './resource.ts';
 import { guestRange, options, text, typeError } from './validate.ts';
 import type { Vm } from './vm.ts';
 
-/** A conversion, as those who use guest memory see it. */
+/** A conversion, as those who use guest memory see it: one object from `converting` to `converted` or `kept`. */
 export interface ConversionNotice {
   /** What changes sides: parts of the range that was asked for, in ascending order. */
   readonly ranges: readonly GuestRange[];
@@ -29,6 +30,11 @@ export interface MemoryUserOptions {
   readonly converted?: (notice: ConversionNotice) => void;
   /** It was asked for and did not take place, so all is as before: the moment to map again. */
   readonly kept?: (notice: ConversionNotice) => void;
+  /**
+   * Pages that the guest sees at these addresses are about to go, by punchHole() or discard(), and are still there: the moment to let go of them.
+   * What this throws is thrown there, and nothing has gone. Conversions have `converting`.
+   */
+  readonly discarding?: (ranges: readonly GuestRange[]) => void;
 }
 
 /** A part of guest memory in use outside the guest, as it is now, private or shared: while it is held, it stays so. */
@@ -60,15 +66,16 @@ export class MemoryUser implements Disposable {
 
   /** @internal */
   static add(token: typeof internal, registry: Registry, given: MemoryUserOptions): MemoryUser {
-    const { name, converting, converted, kept } = options('options', given);
+    const { name, converting, converted, kept, discarding } = options('options', given);
     text('options.name', name);
-    for (const [key, value] of Object.entries({ converting, converted, kept }))
+    for (const [key, value] of Object.entries({ converting, converted, kept, discarding }))
       if (value !== undefined && typeof value !== 'function') throw typeError(`options.${key} must be a function`);
     registry.assertOpen();
     return new MemoryUser(token, registry, name, {
       ...(converting && { converting }),
       ...(converted && { converted }),
       ...(kept && { kept }),
+      ...(discarding && { discarding }),
     });
   }
 
@@ -97,7 +104,7 @@ export class MemoryUser implements Disposable {
     const { address, size } = guestRange('range', range);
     const { vm, holds } = this.#registry;
     this.#registry.assertOpen();
-    if (!this.#registry.users.has(this)) throw KvmError.closed(`the memory user '${this.name}'`);
+    if (this.removed) throw KvmError.closed(`the memory user '${this.name}'`);
     for (let at = address; at < address + size; ) {
       const slot = vm.memslotAt(at);
       if (!slot)
@@ -135,7 +142,40 @@ export class MemoryUser implements Disposable {
   }
 
   /** @internal */
+  get removed(): boolean {
+    return !this.#registry.users.has(this);
+  }
+
+  /** @internal */
   get listener(): Omit<MemoryUserOptions, 'name'> {
     return this.#listener;
   }
+}
+
+/** Tells the users of guest memory that bytes of a file or of host memory, which these slots show, are about to go. */
+export function tellOfDiscard(
+  slots: Iterable<Memslot>,
+  side: 'guestMemfdOffset' | 'hostOffset',
+  { offset, size }: FileRange,
+): void {
+  const told = new Map<MemoryUser, GuestRange[]>();
+  for (const slot of slots) {
+    const { vm, users } = slot.backing;
+    if (users.size === 0) continue;
+    const { pageSize } = vm.kvm;
+    // The kernel refuses these.
+    if (offset % pageSize !== 0 || size % pageSize !== 0) return;
+    const from = Math.max(offset, slot[side]);
+    const to = Math.min(offset + size, slot[side] + slot.size);
+    if (from >= to) continue;
+    const range = { address: slot.address + from - slot[side], size: to - from };
+    const isFile = side === 'guestMemfdOffset';
+    const gmemOnly = slot.guestMemfd?.backing.gmemOnly ?? false;
+    // What the guest does not see there is nobody's to use.
+    if (gmemOnly && !isFile) continue;
+    const ranges = gmemOnly ? [range] : vm.attributes.rangesOf(isFile ? 'private' : 'shared', range);
+    if (ranges.length > 0) for (const user of users) told.set(user, [...(told.get(user) ?? []), ...ranges]);
+  }
+  for (const [user, ranges] of told)
+    if (!user.removed) user.listener.discarding?.(ranges.sort((a, b) => a.address - b.address));
 }

@@ -4,6 +4,7 @@ import type { FileRange } from './guest_range.ts';
 import type { Hold } from './holds.ts';
 import { HostMemory } from './host_memory.ts';
 import type { Kernel, Result } from './kernel/kernel.ts';
+import type { MemoryUser } from './memory_user.ts';
 import type { RangeMap } from './ranges.ts';
 import { guardConstructor, type internal } from './resource.ts';
 import { GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY } from './uapi.ts';
@@ -44,6 +45,7 @@ export interface SlotOwner {
   /** Detaches the views on the range. */
   detachViews(address: number, size: number): void;
   readonly slots: Map<number, Memslot>;
+  readonly users: ReadonlySet<MemoryUser>;
   /** Slots of address space 0 by guest physical address. */
   readonly byAddress: RangeMap<Memslot>;
   /** By address space, a number below which every slot exists. */
@@ -272,6 +274,12 @@ export class Memslot implements Disposable {
 
   [Symbol.dispose](): void {
     this.remove();
+  }
+
+  /** @internal */
+  get backing() {
+    const { vm, users } = this.#owner;
+    return { vm, users };
   }
 
   get #pages(): number {

@@ -364,7 +364,9 @@ export class Vm extends Resource {
    */
   addMemoryUser(user: MemoryUserOptions): MemoryUser {
     this.#assertOwn();
-    const { vm, holds, assertOpen, assertIdle } = this.#owner;
+    const { vm, holds, assertOpen } = this.#owner;
+    const assertIdle = (address: number, size: number): void =>
+      this.#assertIdle(address, size, (conversion) => conversion.working);
     return MemoryUser.add(internal, { vm, users: this.#users, holds, assertOpen, assertIdle }, user);
   }
 
@@ -464,8 +466,8 @@ export class Vm extends Resource {
     );
   }
 
-  #assertIdle(address: number, size: number): void {
-    const [at] = this.#conversionsOf(address, size).find(([conversion]) => !conversion.settled) ?? [];
+  #assertIdle(address: number, size: number, isInTheWay = (conversion: Conversion) => !conversion.settled): void {
+    const [at] = this.#conversionsOf(address, size).find(([conversion]) => isInTheWay(conversion)) ?? [];
     if (!at) return;
     const message = `a conversion of ${formatRange(at.range.address, at.range.size)} is at work: await it first`;
     throw new KvmError({ code: 'EBUSY', message });

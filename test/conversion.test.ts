@@ -1,16 +1,20 @@
 import fc from 'fast-check';
 import t, { type Test } from 'tap';
+import type { MemoryFaultExit } from '../lib/exit.ts';
 import {
+  ConversionPolicy,
   type ConversionReport,
   type ConvertOptions,
   type GuestMemfd,
   type GuestRange,
   type HostMemory,
-  Kvm,
+  type KvmError,
+  type MemoryHold,
   type Visibility,
   type Vm,
 } from '../lib/index.ts';
 import { errorOf, everywhere, refused, rejection, withPrivate } from './backends.ts';
+import { FailingKernel } from './failing_kernel.ts';
 
 // Conversions: what they report, that they take place wholly or not at all, and that no byte is held twice afterwards.
 
@@ -451,17 +455,26 @@ interface Piece {
   readonly gmem: number | null;
 }
 
+interface Conversion {
+  do: 'convert';
+  at: number;
+  pages: number;
+  to: Visibility;
+  chunk: number;
+  content: 'unspecified' | 'zero' | 'preserve';
+  sync: boolean;
+  /** What goes wrong, in which chunk; nothing at 0. */
+  stop: 'throw' | 'abort' | 'veto' | 'kernel';
+  failAt: number;
+}
+
 type Operation =
-  | {
-      do: 'convert';
-      at: number;
-      pages: number;
-      to: Visibility;
-      chunk: number;
-      content: 'unspecified' | 'zero' | 'preserve';
-      sync: boolean;
-      failAt: number;
-    }
+  | Conversion
+  | { do: 'both'; first: Conversion; second: Conversion }
+  | { do: 'fault'; at: number; to: Visibility }
+  | { do: 'hold'; at: number; pages: number }
+  | { do: 'release' }
+  | { do: 'view'; at: number }
   | { do: 'attributes'; at: number; pages: number; secret: boolean }
   | { do: 'allocate' | 'punch' | 'discard' | 'pin'; at: number; pages: number }
   | { do: 'touch'; at: number }
@@ -472,20 +485,29 @@ type Operation =
 
 const at = fc.nat(PAGES - 1);
 const pages = fc.integer({ min: 1, max: PAGES });
+const to = fc.constantFrom<Visibility>('private', 'shared');
+const conversion: fc.Arbitrary<Conversion> = fc.record({
+  do: fc.constant('convert' as const),
+  at,
+  pages,
+  to,
+  chunk: fc.integer({ min: 1, max: 5 }),
+  content: fc.constantFrom('unspecified' as const, 'unspecified' as const, 'zero' as const, 'preserve' as const),
+  sync: fc.boolean(),
+  stop: fc.constantFrom('throw' as const, 'abort' as const, 'veto' as const, 'kernel' as const),
+  failAt: fc.oneof(fc.constant(0), fc.integer({ min: 0, max: 6 })),
+});
+/** What goes wrong must be this one's and not the other's. */
+const async = conversion.map(
+  (one): Conversion => ({ ...one, sync: false, stop: one.stop === 'abort' ? 'abort' : 'throw' }),
+);
 const operation: fc.Arbitrary<Operation> = fc.oneof(
-  {
-    weight: 4,
-    arbitrary: fc.record({
-      do: fc.constant('convert' as const),
-      at,
-      pages,
-      to: fc.constantFrom<Visibility>('private', 'shared'),
-      chunk: fc.integer({ min: 1, max: 5 }),
-      content: fc.constantFrom('unspecified' as const, 'unspecified' as const, 'zero' as const, 'preserve' as const),
-      sync: fc.boolean(),
-      failAt: fc.oneof(fc.constant(0), fc.integer({ min: 0, max: 6 })),
-    }),
-  },
+  { weight: 4, arbitrary: conversion },
+  fc.record({ do: fc.constant('both' as const), first: async, second: async }),
+  fc.record({ do: fc.constant('fault' as const), at, to }),
+  fc.record({ do: fc.constant('hold' as const), at, pages: fc.integer({ min: 1, max: 3 }) }),
+  fc.constant({ do: 'release' as const }),
+  fc.record({ do: fc.constant('view' as const), at }),
   fc.record({ do: fc.constant('attributes' as const), at, pages, secret: fc.boolean() }),
   {
     weight: 3,
@@ -510,6 +532,7 @@ class Model {
   readonly gmem = new Set<number>();
   readonly slots: Piece[] = [];
   readonly pins: [number, number][] = [];
+  readonly holds: [number, number][] = [];
   next = 0;
 
   piece(page: number): Piece | undefined {
@@ -518,6 +541,10 @@ class Model {
 
   pinned(page: number): boolean {
     return this.pins.some(([from, to]) => page >= from && page < to);
+  }
+
+  held(page: number): boolean {
+    return this.holds.some(([from, to]) => page >= from && page < to);
   }
 }
 
@@ -535,18 +562,56 @@ const ranges = (list: readonly number[]) => {
 const end = (operation: { at: number; pages: number }) => Math.min(PAGES, operation.at + operation.pages);
 
 class Program {
-  readonly #kvm = Kvm.open({ backend: 'software' });
+  readonly #failing = new FailingKernel();
+  readonly #kvm = this.#failing.kvm;
   readonly vm = this.#kvm.createVm({ type: 'sw-protected' });
   readonly memory = this.#kvm.createHostMemory({ size: PAGES * P });
   readonly file = this.vm.createGuestMemfd({ size: PAGES * P });
   readonly pins: Disposable[] = [];
+  readonly holds: MemoryHold[] = [];
+  readonly views: [number, Uint8Array][] = [];
   readonly model = new Model();
+  readonly #policy = new ConversionPolicy(this.vm);
+  #veto = false;
+  readonly #user = this.vm.addMemoryUser({ name: 'device', converting: () => (this.#veto ? 'no' : undefined) });
 
   async run(operation: Operation): Promise<void> {
     const { vm, memory, file, model } = this;
     switch (operation.do) {
       case 'convert':
-        return this.#convert(operation);
+        return this.#check(operation, await this.#start(operation));
+      case 'both': {
+        const { first, second } = operation;
+        const [one, two] = await Promise.all([this.#start(first), this.#start(second)]);
+        this.#check(first, one);
+        this.#check(second, two);
+        return;
+      }
+      case 'fault':
+        return this.#fault(operation);
+      case 'hold': {
+        const list = span(operation.at, end(operation));
+        const sides = new Set(list.map((page) => model.secret.has(page)));
+        const hold = () => this.#user.hold({ address: operation.at * P, size: list.length * P });
+        if (!list.every((page) => model.piece(page))) same(errorOf(hold).code, 'EFAULT');
+        else if (sides.size > 1) same(errorOf(hold).code, 'EINVAL');
+        else {
+          this.holds.push(hold());
+          model.holds.push([operation.at, end(operation)]);
+        }
+        return;
+      }
+      case 'release':
+        this.holds.shift()?.release();
+        model.holds.shift();
+        return;
+      case 'view': {
+        const slot = model.piece(operation.at);
+        const view = () => vm.memory.view(operation.at * P, P);
+        if (!slot || slot.host === null || model.secret.has(operation.at)) same(errorOf(view).code, 'EFAULT');
+        else this.views.push([operation.at, view()]);
+        return;
+      }
       case 'attributes': {
         const list = span(operation.at, end(operation));
         vm.setMemoryAttributes({ address: operation.at * P, size: list.length * P }, { private: operation.secret });
@@ -616,40 +681,79 @@ class Program {
     }
   }
 
-  async #convert(operation: Operation & { do: 'convert' }): Promise<void> {
-    const { vm, model } = this;
-    const { to, content } = operation;
+  async #start({ at, to, content, chunk, sync, stop, failAt, ...rest }: Conversion): Promise<Outcome> {
+    const { vm } = this;
+    const failing = this.#failing;
+    let seen = 0;
+    const abort = new AbortController();
+    const onProgress = () => {
+      if (++seen !== failAt) return;
+      if (stop === 'throw') throw problem;
+      if (stop === 'abort') abort.abort(problem);
+    };
+    const range = { address: at * P, size: (end({ at, ...rest }) - at) * P };
+    const options: ConvertOptions = { chunkSize: chunk * P, content, onProgress, signal: abort.signal };
+    failing.calls.length = 0;
+    failing.only = 'setMemoryAttributes';
+    failing.failAt = stop === 'kernel' ? failAt - 1 : -1;
+    this.#veto = stop === 'veto' && failAt > 0;
+    try {
+      return sync ? vm.convertSync(range, to, options) : await vm.convert(range, to, options);
+    } catch (error) {
+      return error as KvmError;
+    } finally {
+      failing.failAt = -1;
+      this.#veto = false;
+    }
+  }
+
+  /** A guest that touches a page the other way. */
+  #fault({ at, to }: { at: number; to: Visibility }): void {
+    const { secret, host, gmem } = this.model;
+    const changes = secret.has(at) !== (to === 'private');
+    const refused = this.#refusal([at], [at], { to, content: 'unspecified' });
+    const exit = { reason: 'memory-fault', address: at * P, size: P, visibility: to, repeats: 1 };
+    same(this.#policy.handle(exit as MemoryFaultExit), changes && !refused ? 'resume' : 'stop');
+    if (!changes || refused) return;
+    const piece = this.model.piece(at);
+    if (to === 'private') {
+      secret.add(at);
+      if (piece && piece.host !== null) host.delete(at);
+    } else {
+      secret.delete(at);
+      if (piece && piece.gmem !== null) gmem.delete(at);
+    }
+  }
+
+  /** Why a conversion is refused: one reason after the other, as the docstring has them. */
+  #refusal(
+    list: readonly number[],
+    changing: readonly number[],
+    { to, content, veto = false }: { to: Visibility; content: Conversion['content']; veto?: boolean },
+  ): string | null {
+    const { model } = this;
+    if (changing.length === 0) return null;
+    if (content === 'preserve' && list.some((page) => model.piece(page))) return 'UNSUPPORTED';
+    const appearing = to === 'private' ? ('gmem' as const) : ('host' as const);
+    if (changing.some((page) => model.piece(page)?.[appearing] === null)) return 'EINVAL';
+    if (veto || changing.some((page) => model.held(page))) return 'EAGAIN';
+    if (to === 'private' && changing.some((page) => model.piece(page) && model.pinned(page))) return 'EAGAIN';
+    return null;
+  }
+
+  #check(operation: Conversion, outcome: Outcome): void {
+    const { model } = this;
+    const { to, content, stop, failAt } = operation;
     const list = span(operation.at, end(operation));
     const changing = list.filter((page) => model.secret.has(page) !== (to === 'private'));
     const chunks = ranges(changing).reduce((sum, { size }) => sum + Math.ceil(size / (operation.chunk * P)), 0);
-    let seen = 0;
-    const problem = new Error('stop');
-    const onProgress = () => {
-      if (++seen === operation.failAt) throw problem;
-    };
-    const range = { address: operation.at * P, size: list.length * P };
-    const options: ConvertOptions = { chunkSize: operation.chunk * P, content, onProgress };
-    const call = async () =>
-      operation.sync ? vm.convertSync(range, to, options) : await vm.convert(range, to, options);
-    const outcome: ConversionReport | (Error & { code?: string; errorOffset?: number }) = await call().catch(
-      (error) => error,
-    );
-
-    // One reason after the other, as the docstring has them.
-    const refusal = () => {
-      if (changing.length === 0) return null;
-      if (content === 'preserve' && list.some((page) => model.piece(page))) return 'UNSUPPORTED';
-      const appearing = to === 'private' ? ('gmem' as const) : ('host' as const);
-      if (changing.some((page) => model.piece(page)?.[appearing] === null)) return 'EINVAL';
-      if (to === 'private' && changing.some((page) => model.piece(page) && model.pinned(page))) return 'EAGAIN';
-      return null;
-    };
-    const code = refusal();
+    const veto = stop === 'veto' && failAt > 0;
+    const code = this.#refusal(list, changing, { to, content, veto });
     if (code) {
       same((outcome as Error & { code?: string }).code, code);
-      if (code === 'EAGAIN') {
+      if (code === 'EAGAIN' && !veto) {
         const page = ((outcome as { errorOffset?: number }).errorOffset ?? -1) / P;
-        same(changing.includes(page) && model.pinned(page), true);
+        same(changing.includes(page) && (model.held(page) || model.pinned(page)), true);
       }
       return;
     }
@@ -660,8 +764,10 @@ class Program {
       const target = to === 'private' ? ('gmem' as const) : ('host' as const);
       for (const page of mine(model[target], target)) model[target].delete(page);
     }
-    if (operation.failAt > 0 && operation.failAt <= chunks) {
-      same(outcome, problem);
+    // An abort is seen before the next chunk.
+    if (failAt > 0 && failAt <= (stop === 'abort' ? chunks - 1 : chunks)) {
+      if (stop === 'kernel') same((outcome as KvmError).code, 'ENOMEM');
+      else same(outcome, problem);
       return;
     }
     const other = to === 'private' ? ('host' as const) : ('gmem' as const);
@@ -693,6 +799,7 @@ class Program {
       same(memory.residentBytes({ offset: page * P, size: P }) > 0, model.host.has(page));
       same(file.residentBytes({ offset: page * P, size: P }) > 0, model.gmem.has(page));
     }
+    for (const [page, view] of this.views) same(view.length > 0 && model.secret.has(page), false);
     same(vm.memslots.size, model.slots.length);
   }
 
@@ -700,6 +807,9 @@ class Program {
     this.#kvm.close();
   }
 }
+
+type Outcome = ConversionReport | KvmError;
+const problem = new Error('stop');
 
 function same(got: unknown, expected: unknown): void {
   const [a, b] = [got, expected].map((value) => JSON.stringify(value));

@@ -4,16 +4,18 @@ import { softwareKernel } from '../lib/kernel/software/index.ts';
 import { internal } from '../lib/resource.ts';
 import { ERRNO } from '../lib/uapi.ts';
 
-/** The calls that change something, and what they are called without the thread they are made on. */
-const CHANGES = /^(setMemoryAttributes|fallocate|madvise)(Async)?$/;
+/** The calls of a conversion, and what they are called without the thread they are made on. */
+const CALLS = /^(setMemoryAttributes2?|fallocate|madvise|cachestat|mincore)(Async)?$/;
 
-/** A software kernel that writes down the calls that change something, and refuses one of them. */
+/** A software kernel that writes down the calls that conversions make, and refuses one of them. */
 export class FailingKernel {
   readonly calls: string[] = [];
   readonly kvm: Kvm;
   /** Index of the call to refuse, and of all that come after it when `forEver`. */
   failAt = -1;
   forEver = false;
+  /** Where given, only these calls are counted. */
+  only: string | null = null;
   errno: number = ERRNO.ENOMEM;
 
   constructor(model?: ModelOptions) {
@@ -23,8 +25,8 @@ export class FailingKernel {
         const value = Reflect.get(target, name);
         if (typeof value !== 'function') return value;
         return (...args: unknown[]) => {
-          const [, call, later] = CHANGES.exec(String(name)) ?? [];
-          if (!call) return value.apply(target, args);
+          const [, call, later] = CALLS.exec(String(name)) ?? [];
+          if (!call || (this.only !== null && call !== this.only)) return value.apply(target, args);
           const index = this.calls.push(call) - 1;
           const refused = this.failAt >= 0 && (this.forEver ? index >= this.failAt : index === this.failAt);
           if (!refused) return value.apply(target, args);

@@ -3,8 +3,10 @@ import { setTimeout as wait } from 'node:timers/promises';
 import t, { type Test } from 'tap';
 import {
   type ConversionNotice,
+  type ConversionReport,
   type ConvertOptions,
   type GuestMemfd,
+  type GuestRange,
   type HostMemory,
   KvmError,
   type MemoryUser,
@@ -145,6 +147,30 @@ await withPair('a device takes its hold back when it is asked', async (t, { vm, 
   spoiler.remove();
 });
 
+await withPair(
+  'what a conversion waits for may still be held',
+  async (t, { vm, P, convert }) => {
+    const range = { address: 0, size: 2 * P };
+    let taken = 0;
+    const device = vm.addMemoryUser({
+      name: 'nvme',
+      converting: () => {
+        taken += device.holds.length;
+        for (const hold of device.holds) hold.release();
+        return undefined;
+      },
+      converted: ({ to }) => void (to === 'shared' && device.hold(range)),
+    });
+    const reports = await Promise.all([convert(0, 2, 'private'), convert(0, 2, 'shared'), convert(0, 2, 'private')]);
+    t.same(
+      reports.map(({ complaints }) => complaints),
+      [undefined, undefined, undefined],
+    );
+    t.equal(taken, 1, 'and it is asked for it');
+  },
+  ['convert'],
+);
+
 await withPair('users that throw', async (t, { vm, convert }) => {
   const heard: string[] = [];
   listener(vm, 'a', heard);
@@ -180,6 +206,7 @@ await withPair(
       },
     });
     const report = convert(0, 4, 'private');
+    await wait(1);
     t.match(await rejection((async () => user.hold({ address: P, size: P }))()), { code: 'EBUSY' });
     t.equal((await report).changed.length, 1);
     const late = await rejection((async () => vm.convertSync({ address: 0, size: P }, 'shared'))());
@@ -250,6 +277,65 @@ await withPair(
   ['convert'],
 );
 
+await withPair('seed 0.10: users hear of a punch before pages go', async (t, { vm, P, memory, file, convert }) => {
+  const heard: string[] = [];
+  let problem: Error | undefined;
+  const pages = (ranges: readonly GuestRange[]) => ranges.map(({ address, size }) => `${address / P}+${size / P}`);
+  const user = vm.addMemoryUser({
+    name: 'device',
+    discarding: (ranges) => {
+      heard.push(
+        `${pages(ranges).join(' ')}: ${file.residentBytes() / P} private, ${memory.residentBytes() / P} shared`,
+      );
+      if (problem) throw problem;
+    },
+  });
+  await convert(4, 4, 'private');
+  await convert(10, 2, 'private');
+  file.allocate();
+  memory.bytes().fill(1);
+  t.same(heard, [], 'a conversion asks instead');
+  file.punchHole({ offset: 5 * P, size: 6 * P });
+  t.same(heard.splice(0), ['5+3 10+1: 16 private, 16 shared'], 'what the guest sees of them, and they are still there');
+  file.punchHole({ offset: 0, size: 4 * P });
+  t.same(heard, [], 'the guest has other memory there');
+  memory.discard({ offset: 0, size: 5 * P });
+  t.same(heard.splice(0), ['0+4: 6 private, 16 shared']);
+  problem = new Error('DMA is at work');
+  const thrown = (await rejection((async () => file.punchHole())())) as Error;
+  t.equal(thrown, problem);
+  await t.rejects((async () => memory.discard({ offset: 0, size: 16 * P }))(), problem);
+  t.same([file.residentBytes(), memory.residentBytes()], [6 * P, 11 * P], 'and nothing has gone');
+  heard.length = 0;
+  t.equal((await rejection((async () => file.punchHole({ offset: 1, size: P }))())).code, 'EINVAL');
+  t.same(heard, [], 'what is refused anyway is nobody’s business');
+  user.remove();
+  file.punchHole();
+  t.equal(file.residentBytes(), 0);
+});
+
+await everywhere(t, 'seed 0.10: of a file that the host sees too, and of plain memory', async (t, world) => {
+  const { vm, P, host, shared, backend } = world;
+  const plain = host(4);
+  vm.createMemslot({ address: 0, size: 2 * P, hostMemory: plain });
+  vm.createMemslot({ address: 8 * P, size: 2 * P, hostMemory: plain });
+  const heard: GuestRange[] = [];
+  vm.addMemoryUser({ name: 'device', discarding: (ranges) => void heard.push(...ranges) });
+  plain.discard({ offset: P, size: 2 * P });
+  t.same(heard.splice(0), [
+    { address: P, size: P },
+    { address: 9 * P, size: P },
+  ]);
+  if (vm.capabilities.guestMemfdInitShared) {
+    const file = shared(4);
+    vm.createMemslot({ address: 16 * P, size: 2 * P, guestMemfd: file, guestMemfdOffset: 2 * P });
+    file.punchHole();
+    t.same(heard, [{ address: 16 * P, size: 2 * P }], backend.name);
+    vm.addMemoryUser({ name: 'rude', discarding: () => vm.close() });
+    refused(t, () => file.punchHole(), 'ERR_CLOSED');
+  }
+});
+
 await everywhere(t, 'who may hold what', async (t, { vm, kvm, P, host }) => {
   vm.createMemslot({ address: 0, size: 2 * P, hostMemory: host(4) });
   vm.createMemslot({ address: 2 * P, size: 2 * P, hostMemory: host(2) });
@@ -282,76 +368,123 @@ interface World {
   readonly memory: HostMemory;
   readonly file: GuestMemfd;
   readonly heard: string[];
-  state(): unknown;
+  state(): { readonly attributes: unknown };
 }
 
+/** Where the two sides are: two memories; one file, by the VM's attribute; one file, in place; or half of each. */
+const kinds = ['two memories', 'one file', 'in place', 'in place beside two memories'] as const;
+type Kind = (typeof kinds)[number];
+
 /** Two slots, some of it private already, both sides with memory in them. */
-function world(from: Visibility): World {
-  const failing = new FailingKernel();
-  const vm = failing.kvm.createVm({ type: 'sw-protected' });
-  const [memory, file] = [failing.kvm.createHostMemory({ size: 16 * P }), vm.createGuestMemfd({ size: 16 * P })];
-  vm.createMemslot({ address: 0, size: 8 * P, hostMemory: memory, guestMemfd: file });
-  const second = { address: 8 * P, size: 8 * P, hostOffset: 8 * P, guestMemfdOffset: 8 * P };
-  vm.createMemslot({ ...second, hostMemory: memory, guestMemfd: file });
+function world(kind: Kind, from: Visibility): World {
+  const inPlace = kind.startsWith('in place');
+  const failing = new FailingKernel(inPlace ? { proposals: ['in-place-conversion'] } : undefined);
+  const { kvm } = failing;
+  const vm = kvm.createVm({ type: 'sw-protected' });
+  const [memory, file] = [kvm.createHostMemory({ size: 16 * P }), vm.createGuestMemfd({ size: 16 * P })];
+  const one = vm.createGuestMemfd({ size: 16 * P, mmap: true, initShared: inPlace });
+  const slot = (page: number, isOne: boolean): unknown =>
+    vm.createMemslot({
+      address: page * P,
+      size: 8 * P,
+      guestMemfdOffset: page * P,
+      guestMemfd: isOne ? one : file,
+      ...(!isOne && { hostMemory: memory, hostOffset: page * P }),
+    });
+  slot(0, kind !== 'two memories');
+  slot(8, kind === 'one file' || kind === 'in place');
   if (from === 'private') vm.convertSync({ address: 0, size: 16 * P }, 'private');
   vm.convertSync({ address: 5 * P, size: 2 * P }, from === 'private' ? 'shared' : 'private');
   memory.bytes().forEach((_, index, all) => {
     all[index] = index / P + 1;
   });
   file.allocate();
+  one.allocate();
+  for (const { address, size } of inPlace ? vm.attributes.rangesOf('shared', { address: 0, size: 8 * P }) : [])
+    vm.memory.write(address, new Uint8Array(size).fill(9));
   const heard: string[] = [];
   listener(vm, 'device', heard);
-  failing.calls.length = 0;
-  const state = () => ({
-    attributes: [...vm.attributes],
-    bytes: Array.from({ length: 16 }, (_, page) => memory.bytes()[page * P]),
-    memory: memory.residentBytes(),
-    file: file.residentBytes(),
-  });
+  const { calls } = failing;
+  calls.length = 0;
+  const state = () => {
+    const now = {
+      attributes: [...vm.attributes],
+      bytes: Array.from({ length: 16 }, (_, page) => memory.bytes()[page * P]),
+      guest: inPlace
+        ? vm.attributes
+            .rangesOf('shared', { address: 0, size: 8 * P })
+            .map(({ address }) => vm.memory.read(address, 1)[0])
+        : [],
+      resident: [memory, file, one].map((each) => each.residentBytes()),
+    };
+    return now;
+  };
   return { failing, vm, memory, file, heard, state };
 }
 
 t.test('a failure at any step leaves all as it was', async (t) => {
   const range = { address: 2 * P, size: 12 * P };
-  for (const way of ['convert', 'convertSync'] as const) {
-    for (const to of ['private', 'shared'] as const) {
-      for (const content of ['unspecified', 'zero'] as const) {
-        const options = { chunkSize: 2 * P, content };
-        const from = to === 'private' ? 'shared' : 'private';
-        const whole = world(from);
-        await (async () => whole.vm[way](range, to, options))();
-        const calls = [...whole.failing.calls];
-        const after = whole.state();
-        t.ok(calls.length > 8);
-        for (const [index, name] of calls.entries()) {
-          const { failing, vm, heard, state } = world(from);
-          const before = state();
-          failing.failAt = index;
-          const title = `${way} to ${to}, content ${content}: step ${index}, ${name}, fails`;
-          const outcome = await (async () => vm[way](range, to, options))().catch((error: unknown) => error);
-          if (outcome instanceof KvmError) {
-            t.equal(outcome.code, 'ENOMEM', title);
-            const { attributes, bytes, memory, file } = state() as Record<string, unknown>;
-            // What 'zero' has emptied was seen by nobody: the host's bytes count while they are shared.
-            if (content === 'unspecified') t.same({ attributes, bytes, memory, file }, before, 'all is as it was');
-            t.same(attributes, (before as Record<string, unknown>).attributes);
-            t.equal(heard.at(-1)?.split(' ')[1], 'kept');
-          } else {
-            const { undiscarded } = outcome as { undiscarded: { size: number }[] };
-            t.equal(undiscarded.length, 1, `${title}: the conversion has taken place, and says what is held twice`);
-            t.same((state() as { attributes: unknown }).attributes, (after as { attributes: unknown }).attributes);
-            t.equal(heard.at(-1)?.split(' ')[1], 'converted');
+  const named = new Set<string>();
+  for (const kind of kinds) {
+    for (const way of ['convert', 'convertSync'] as const) {
+      for (const to of ['private', 'shared'] as const) {
+        for (const content of ['unspecified', 'zero', 'preserve'] as const) {
+          // Two memories cannot preserve.
+          if (content === 'preserve' && !/^(one file|in place)$/.test(kind)) continue;
+          const options = { chunkSize: 2 * P, content };
+          const from = to === 'private' ? 'shared' : 'private';
+          const whole = world(kind, from);
+          await (async () => whole.vm[way](range, to, options))();
+          const calls = [...whole.failing.calls];
+          const after = whole.state();
+          t.ok(calls.length > 4);
+          for (const [index, name] of calls.entries()) {
+            const { failing, vm, heard, state } = world(kind, from);
+            const before = state();
+            failing.calls.length = 0;
+            failing.failAt = index;
+            const title = `${kind}, ${way} to ${to}, content ${content}: step ${index}, ${name}, fails`;
+            const outcome = await (async () => vm[way](range, to, options))().catch((error: unknown) => error);
+            failing.failAt = -1;
+            named.add(name);
+            if (outcome instanceof KvmError) {
+              t.equal(outcome.code, 'ENOMEM', title);
+              // What was to be zeroed nobody keeps.
+              if (content === 'zero') t.same(state().attributes, before.attributes, title);
+              else t.same(state(), before, `${title}: all is as it was`);
+              t.equal(heard.at(-1)?.split(' ')[1], 'kept');
+            } else {
+              const { undiscarded, freedBytes } = outcome as ConversionReport;
+              const counted = /cachestat|mincore/.test(name);
+              t.equal(
+                undiscarded?.length ?? 0,
+                counted ? 0 : 1,
+                `${title}: it has taken place, and says what is held twice`,
+              );
+              t.same(state().attributes, after.attributes);
+              if (counted) t.same(state(), after, `${title}: all is given back, if not counted`);
+              t.ok(freedBytes >= 0);
+              t.equal(heard.at(-1)?.split(' ')[1], 'converted');
+            }
+            failing.kvm.close();
           }
-          failing.kvm.close();
+          whole.failing.kvm.close();
         }
-        whole.failing.kvm.close();
       }
     }
   }
+  t.same([...named].sort(), [
+    'cachestat',
+    'fallocate',
+    'madvise',
+    'mincore',
+    'setMemoryAttributes',
+    'setMemoryAttributes2',
+  ]);
 });
 
 t.test('a kernel that refuses to go back is an error of its own', async (t) => {
-  const { failing, vm } = world('shared');
+  const { failing, vm } = world('two memories', 'shared');
   failing.failAt = 3;
   failing.forEver = true;
   const error = await rejection(vm.convert({ address: 0, size: 16 * P }, 'private', { chunkSize: 2 * P }));

@@ -221,7 +221,7 @@ const methods: readonly Method[] = [
   method(
     ({ vm }) => vm,
     'addMemoryUser',
-    () => [{ name: 'disk', converting: () => undefined, converted: () => {}, kept: () => {} }],
+    () => [{ name: 'disk', converting: () => undefined, converted: () => {}, kept: () => {}, discarding: () => {} }],
   ),
   method(
     ({ user }) => user,

@@ -1,9 +1,9 @@
 // What the software kernel promises at the scale of a large guest, and what a call of it costs.
-import { GiB, Kvm, TiB, type Visibility } from '../lib/index.ts';
+import { GiB, TiB } from '../lib/index.ts';
 import { softwareKernel, uapi } from '../lib/kernel/index.ts';
 import { MemoryAttributes } from '../lib/memory_attributes.ts';
 import { internal } from '../lib/resource.ts';
-import { quantile, type Result, sideBySide, timed } from './measure.ts';
+import { quantile, type Result, timed } from './measure.ts';
 
 const PAGE = 4096;
 const SPACE = 16 * TiB;
@@ -12,7 +12,6 @@ const SW_PROTECTED = 1;
 const PRIVATE = uapi.KVM_MEMORY_ATTRIBUTE_PRIVATE;
 const PUNCH = uapi.FALLOC_FL_KEEP_SIZE | uapi.FALLOC_FL_PUNCH_HOLE;
 const SLOT_SIZE = 1 << 20;
-const CONVERTED = 1 << 20;
 
 function protectedVm() {
   const kernel = softwareKernel();
@@ -45,57 +44,8 @@ export function benchConversions(): Result[] {
   ];
 }
 
-export async function benchModel(): Promise<Result[]> {
-  return [...(await untouchedRest()), ...fragmented(), ...singleCalls()];
-}
-
-/** What a conversion costs does not depend on what it leaves alone: the same one in a VM that has twice as much of everything else. */
-async function untouchedRest(): Promise<Result[]> {
-  const crowds = [1, 2].map((times) => new Crowd(times * 1000, times * MILLION));
-  const rounds = crowds.map((crowd) => () => timed((calls) => crowd.convert(calls), 200));
-  const [once, twice] = await sideBySide(rounds, 60);
-  for (const crowd of crowds) crowd.close();
-  const name = 'convertSync() of 1 MiB in 2 of 1000 slots, beside 1 000 000 ranges';
-  return [
-    { name, value: (once?.time ?? 0) / 1000, unit: 'µs' },
-    { name: 'the same beside twice as many of both', value: twice?.ratio ?? 0, unit: '×', bar: 1.1 },
-  ];
-}
-
-/** A VM of many slots in which every other page is private, up to so many ranges. */
-class Crowd {
-  readonly #kvm = Kvm.open({ backend: 'software' });
-  readonly #vm = this.#kvm.createVm({ type: 'sw-protected' });
-  readonly #at: number;
-  #to: Visibility = 'shared';
-
-  constructor(slots: number, ranges: number) {
-    const size = Math.ceil((2 * ranges) / slots) * PAGE + CONVERTED;
-    const hostMemory = this.#kvm.createHostMemory({ size: slots * size });
-    const guestMemfd = this.#vm.createGuestMemfd({ size: slots * size });
-    for (let slot = 0; slot < slots; slot++) {
-      const offset = slot * size;
-      const both = { hostMemory, hostOffset: offset, guestMemfd, guestMemfdOffset: offset };
-      this.#vm.createMemslot({ address: offset, size, ...both });
-    }
-    this.#at = Math.floor(slots / 2) * size - CONVERTED / 2;
-    for (let range = 0; range < ranges; range++) {
-      const address = 2 * range * PAGE;
-      this.#vm.setMemoryAttributes({ address, size: PAGE }, { private: true });
-    }
-    this.#vm.setMemoryAttributes({ address: this.#at, size: CONVERTED }, { private: false });
-  }
-
-  convert(times: number): void {
-    for (let i = 0; i < times; i++) {
-      this.#to = this.#to === 'private' ? 'shared' : 'private';
-      this.#vm.convertSync({ address: this.#at, size: CONVERTED }, this.#to);
-    }
-  }
-
-  close(): void {
-    this.#kvm.close();
-  }
+export function benchModel(): Result[] {
+  return [...fragmented(), ...singleCalls()];
 }
 
 /** A VM whose every other page is private. */

@@ -63,7 +63,7 @@ export function excluded(step: Step, mirror: Mirror, kernel: Kernel): string | n
         return 'executing /dev/kvm, which depends on how /dev is mounted';
       if (!(step.flags & MAP_ANONYMOUS) && mirror.mayBeVcpu(step.fd))
         return 'mapping a vCPU, for which there is runPage';
-      const length = pagesOf(mirror.value(step.length, mirror.sizeFor(step)), mirror);
+      const length = pagesOf(mirror.valueIn(step, step.length), mirror);
       return length > MAP_MAX && length < 2 ** 45 ? 'mappings of which only some fit' : null;
     }
     case 'close':
@@ -88,7 +88,7 @@ export function excluded(step: Step, mirror: Mirror, kernel: Kernel): string | n
 
 function excludedRegion(step: SetRegion, mirror: Mirror, kernel: Kernel): string | null {
   const vm = mirror.vm(step.vm);
-  const [gpa, size] = [mirror.value(step.gpa), mirror.value(step.size)];
+  const [gpa, size] = [mirror.valueIn(step, step.gpa), mirror.valueIn(step, step.size)];
   const pages = pagesOf(size, mirror);
   // KVM keeps something for each page or each 512 of them, and allocates it before it looks at the last checks.
   if (pages > SLOT_MAX && pages < 2 ** 31) return 'a huge slot';
@@ -111,7 +111,7 @@ function excludedRegion(step: SetRegion, mirror: Mirror, kernel: Kernel): string
  */
 function isDangerous(step: SetRegion, mirror: Mirror, kernel: Kernel): boolean {
   if (kernel.name === 'software') return false;
-  const size = BigInt(mirror.value(step.size));
+  const size = BigInt(mirror.valueIn(step, step.size));
   if (size === 0n) return false;
   const binds = (step.flags & KVM_MEM_GUEST_MEMFD) !== 0;
   const slot = mirror.vm(step.vm)?.slots.get(slotKey(step));
@@ -121,7 +121,7 @@ function isDangerous(step: SetRegion, mirror: Mirror, kernel: Kernel): boolean {
   }
   if (!binds || step.call === 'setUserMemoryRegion') return false;
   // On no kernel: the boundary answers from limits it assumes, so there is nothing to compare.
-  return BigInt(mirror.value(step.offset, mirror.sizeFor(step))) + size >= 1n << 63n;
+  return BigInt(mirror.valueIn(step, step.offset)) + size >= 1n << 63n;
 }
 
 function excludedAccess(

@@ -88,6 +88,11 @@ export class Mirror {
     return this.#agents.get(this.world.index(fd)) ?? this.vm(fd);
   }
 
+  /** A number of a step, which may be said in terms of the size of the file that the step is about. */
+  valueIn(step: Step, num: Num): U64 {
+    return resolveNum(num, this.facts, this.sizeFor(step));
+  }
+
   sizeFor(step: Step): U64 {
     if ('file' in step) return this.file(step.file)?.size ?? 0;
     return 'fd' in step ? (this.file(step.fd)?.size ?? 0) : 0;
@@ -169,7 +174,10 @@ export class Mirror {
         this.#noteRegion(step);
         break;
       case 'mmap':
-        this.mappings.push({ pages: Math.ceil(Number(this.value(step.length)) / this.facts.page), alive: true });
+        this.mappings.push({
+          pages: Math.ceil(Number(this.valueIn(step, step.length)) / this.facts.page),
+          alive: true,
+        });
         break;
       case 'munmap':
         this.#noteUnmap(step.map);
@@ -195,14 +203,14 @@ export class Mirror {
   #noteRegion(step: Step & { call: 'setUserMemoryRegion' | 'setUserMemoryRegion2' }): void {
     const vm = this.vm(step.vm);
     if (!vm) return;
-    const size = Number(this.value(step.size));
+    const size = Number(this.valueIn(step, step.size));
     const key = slotKey(step);
     const old = vm.slots.get(key);
     if (size === 0) {
       vm.slots.delete(key);
       return;
     }
-    const gpa = Number(this.value(step.gpa));
+    const gpa = Number(this.valueIn(step, step.gpa));
     if (old) {
       vm.slots.set(key, { ...old, gpa, flags: step.flags });
       return;

@@ -16,7 +16,7 @@ import { conversionAttributes, type Machine } from './machine.ts';
  */
 
 /** 'path' is an O_PATH fd. */
-export type FileKind = 'kvm' | 'vm' | 'vcpu' | 'gmem' | 'file' | 'epoll' | 'uffd' | 'path' | 'device' | 'eventfd';
+export type FileKind = 'kvm' | 'vm' | 'vcpu' | 'gmem' | 'file' | 'epoll' | 'uffd' | 'path' | 'device' | 'eventfd' | 'stats' | 'secret';
 
 /** An open file description: what fds, their duplicates and mappings refer to. */
 export class OpenFile {

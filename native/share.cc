@@ -172,8 +172,8 @@ int64_t TakeMapping(Environment& environment) {
 }
 
 constexpr Function kTable[] = {
-    {"shareFile", Invoke<ShareFile>},       {"takeFile", Invoke<TakeFile>},       {"isShared", Invoke<IsShared>},
-    {"countRunningElsewhere", Invoke<CountRunningElsewhere>},
+    {"shareFile", Invoke<ShareFile>},       {"takeFile", Invoke<TakeFile>},
+    {"isShared", Invoke<IsShared>},         {"countRunningElsewhere", Invoke<CountRunningElsewhere>},
     {"shareMapping", Invoke<ShareMapping>}, {"takeMapping", Invoke<TakeMapping>},
 };
 

@@ -51,11 +51,8 @@ int64_t Getrlimit(const Command& command) {
 }
 
 constexpr Function kTable[] = {
-    {"ioctl", Invoke<Ioctl>},
-    {"getStatsFd", Invoke<GetStatsFd>},
-    {"getrlimit", Invoke<Getrlimit>},
-    {"open", Invoke<Open>},
-    {"createVm", Invoke<CreateVm>},
+    {"ioctl", Invoke<Ioctl>}, {"getStatsFd", Invoke<GetStatsFd>}, {"getrlimit", Invoke<Getrlimit>},
+    {"open", Invoke<Open>},   {"createVm", Invoke<CreateVm>},
 };
 
 }  // namespace

@@ -5,6 +5,8 @@ import { Holds } from './holds.ts';
 import { keptAlive, refuseIfInUse, residentBytes, WINDOW_MAX } from './host_memory.ts';
 import type { Kernel, Result } from './kernel/kernel.ts';
 import type { Memslot } from './memslot.ts';
+import { refuseIfLocked } from './memslot_lock.ts';
+import { type NumaMode, type NumaPolicy, numaPolicy, policyAt, setPolicy } from './numa.ts';
 import { guardConstructor, type internal, Resource } from './resource.ts';
 import {
   ERRNO,
@@ -16,7 +18,7 @@ import {
   PROT_READ,
   PROT_WRITE,
 } from './uapi.ts';
-import { fileRange, options, rangeError, text } from './validate.ts';
+import { fileRange, integer, options, rangeError, text } from './validate.ts';
 import type { Vm } from './vm.ts';
 
 /** The mode of fallocate(2) that gives pages back. */
@@ -38,6 +40,8 @@ export class GuestMemfd extends Resource {
   readonly #fd: number;
   readonly #slots = new Set<Memslot>();
   readonly #pins = new Holds<string>();
+  /** What locked slots keep allocated. */
+  readonly #locked = new Holds<Memslot>();
   readonly #mapping: { handle: number };
 
   /** @internal */
@@ -81,11 +85,11 @@ export class GuestMemfd extends Resource {
    * Gives pages of the file back to the host. The guest loses its mappings first; its next access reads zeros.
    *
    * @param range Bytes of the file, page-aligned; the whole file when omitted.
-   * @throws KvmError `EINVAL` unaligned range · `ERR_CLOSED`
+   * @throws KvmError `EINVAL` unaligned range · `EBUSY` a memslot that has it is locked · `ERR_CLOSED`
    * @see fallocate(2) with FALLOC_FL_PUNCH_HOLE; guest_memfd since Linux 6.8
    */
   punchHole(range?: FileRange): void {
-    this.#fallocate(PUNCH_HOLE, range);
+    this.#fallocate(PUNCH_HOLE, range, true);
   }
 
   /**
@@ -133,6 +137,35 @@ export class GuestMemfd extends Resource {
     throw KvmError.unsupported(
       'cachestat(2) is not available here (Linux 6.5, or a sandbox forbids it), and the file cannot be mapped for mincore(2)',
     );
+  }
+
+  /**
+   * Says which NUMA nodes the pages come from that are not there yet, whoever touches them first: the guest, the host, or allocate().
+   *
+   * @param range Bytes of the file, page-aligned; the whole file when omitted.
+   * @throws KvmError `UNSUPPORTED` a kernel whose guest_memfds keep no policy, or a file created without `mmap` · `EINVAL` unaligned, or a node that the
+   *   host does not have · `ERR_CLOSED`
+   * @see mbind(2) on a mapping of the file, Linux 6.19
+   */
+  setNumaPolicy(policy: NumaPolicy, range?: FileRange): void {
+    const wanted = numaPolicy(policy);
+    const bytes = fileRange('range', range, this.size);
+    this.assertOpen();
+    this.#assertKeepsPolicy();
+    setPolicy(this.#kernel, this.#map(), bytes, wanted);
+  }
+
+  /**
+   * The policy of the page at an offset of the file, in bytes.
+   *
+   * @throws as setNumaPolicy()
+   * @see get_mempolicy(2)
+   */
+  numaPolicyAt(offset: number): NumaMode {
+    integer('offset', offset, 0, this.size - 1);
+    this.assertOpen();
+    this.#assertKeepsPolicy();
+    return policyAt(this.#kernel, this.#map(), offset);
   }
 
   /**
@@ -191,6 +224,7 @@ export class GuestMemfd extends Resource {
       map: () => this.#map(),
       assertOpen: () => this.assertOpen(),
       pins: this.#pins,
+      locked: this.#locked,
     };
   }
 
@@ -205,6 +239,16 @@ export class GuestMemfd extends Resource {
     return mappable && !this.#vm.closed && this.#vm.capabilities.conversion === 'in-place';
   }
 
+  /** Before Linux 6.19 mbind(2) marks the mapping only, and the file takes its pages from anywhere: tried on a file of its own. */
+  #assertKeepsPolicy(): void {
+    if (!(this.flags & BigInt(GUEST_MEMFD_FLAG_MMAP)))
+      throw KvmError.unsupported('a NUMA policy is set through a mapping: create the guest_memfd with { mmap: true }');
+    if (!this.#vm.backing.filesKeepPolicy())
+      throw KvmError.unsupported(
+        'a guest_memfd keeps its NUMA policy since Linux 6.19: this kernel would take it and not heed it',
+      );
+  }
+
   #map(): number {
     if (this.#mapping.handle < 0) {
       const args = { length: this.size, prot: PROT_READ | PROT_WRITE, flags: MAP_SHARED, fd: this.#fd, offset: 0 };
@@ -213,9 +257,10 @@ export class GuestMemfd extends Resource {
     return this.#mapping.handle;
   }
 
-  #fallocate(mode: number, range?: FileRange): void {
+  #fallocate(mode: number, range?: FileRange, givesBack = false): void {
     const { offset, size } = fileRange('range', range, this.size);
     this.assertOpen();
+    if (givesBack) refuseIfLocked(this.#locked, offset, size, `guest_memfd fd ${this.#fd}`);
     this.#check(this.#kernel.fallocate(this.#fd, mode, offset, size), 'fallocate', { mode, offset, length: size });
   }
 

@@ -112,7 +112,7 @@ export function vmCapabilities(kernel: Kernel, vm: number): VmCapabilities {
   };
   const how = kernel.name === 'software' ? ('modelled' as const) : ('reported' as const);
   const probed = {
-    memslotLock: 'probed' as const,
+    ...((answers.memslotLock || how === 'reported') && { memslotLock: 'probed' as const }),
     ...(inPlace && { conversion: 'probed' as const, conversionContent: 'probed' as const }),
   };
   return {

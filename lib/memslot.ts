@@ -187,7 +187,7 @@ export class Memslot implements Disposable {
     return this.#placement.hostOffset;
   }
 
-  /** The rights it is locked with, here, by lock(). */
+  /** The rights that lock() gave it; only the thread that created the VM knows. */
   get locked(): false | LockRights {
     return this.#lock?.rights ?? false;
   }

@@ -125,7 +125,15 @@ const methods: readonly Method[] = [
       {
         backend: 'software',
         device: '/dev/kvm',
-        model: { arch: 'x86_64', kernel: '7.3', pageSize: 4096, swProtected: true, tdp: true, pkvm: false },
+        model: {
+          arch: 'x86_64',
+          kernel: '7.3',
+          pageSize: 4096,
+          swProtected: true,
+          tdp: true,
+          pkvm: false,
+          lockLimit: 2 ** 30,
+        },
       },
     ],
   },

@@ -110,16 +110,7 @@ export abstract class FileCalls extends SoftwareProcess {
     const file = this.files.get(i32('fd', fd));
     if (!file) return this.badFd(fd);
     const { pageSize } = this;
-    if (file instanceof SoftwareGuestMemfd) {
-      Object.assign(status, {
-        mode: 0o100600,
-        size: BigInt(file.size),
-        blocks: 0n,
-        blksize: pageSize,
-        ino: file.ino,
-        nlink: 1,
-      });
-    } else if (file instanceof SecretFile) {
+    if (file instanceof SoftwareGuestMemfd || file instanceof SecretFile) {
       Object.assign(status, {
         mode: 0o100600,
         size: BigInt(file.size),

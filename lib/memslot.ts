@@ -285,7 +285,8 @@ export class Memslot implements Disposable {
   /**
    * Promises the guest its memory: every page of the slot is there, mapped for the guest where the kernel can do that ahead, and stays until
    * unlock(). Host memory is locked and touched, pages of a guest_memfd are allocated: on each page the side that the guest sees now. Until then
-   * the slot can be neither moved nor removed, converting any of it is `EAGAIN`, and giving its pages back `EBUSY`; closing the VM ends it all.
+   * the slot can be neither moved nor removed, converting any of it is `EAGAIN`, and giving its pages back `EBUSY`; closing the VM ends it all. It
+   * takes its time by the page, on this thread.
    *
    * @param rights Of the locked mapping: 'read' leaves the guest's first write of a page to fault, and does not forbid it.
    * @throws KvmError `EBUSY` a vCPU of the VM runs, on any thread, or the slot is locked already · `EPERM` 'read-write' for a slot that is read-only

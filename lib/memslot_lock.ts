@@ -33,7 +33,7 @@ export interface LockReport {
   readonly residentBytes: number;
   /**
    * Whether the guest's own tables have every page, so that no access faults. Where they cannot be filled ahead (no hardware paging, arm64, a
-   * kernel before 6.11), each page faults once, at the guest's first access, and stays; a VM without a vCPU has none, and its first one fills them.
+   * kernel before 6.11), each page faults once, at the guest's first access, and stays. It takes a vCPU of this thread: where there is none yet, the first one fills them.
    */
   readonly guestMapped: boolean;
   /** Who holds the pages: KVM by the proposed capability, or this process by mlock2(2). */

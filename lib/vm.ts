@@ -475,8 +475,8 @@ export class Vm extends Resource {
     if (slot >= 0x10000 || !this.capabilities.preFaultMemory) return false;
     for (const weak of this.#vcpus) {
       const vcpu = weak.deref();
-      if (vcpu && !vcpu.closed) return preFaultAll(vcpu, { address, size });
-      this.#vcpus.delete(weak);
+      if (!vcpu || vcpu.closed) this.#vcpus.delete(weak);
+      else if (preFaultAll(vcpu, { address, size })) return true;
     }
     return false;
   }
@@ -558,14 +558,14 @@ export class Vm extends Resource {
   }
 }
 
-/** Maps a range before the guest touches it. False where KVM cannot do that for this VM now. */
+/** Maps a range before the guest touches it. False where KVM cannot do that for this VM now, or the vCPU is busy. */
 function preFaultAll(vcpu: Vcpu, range: GuestRange): boolean {
   for (let remaining = range; remaining.size > 0; ) {
     try {
       ({ remaining } = vcpu.preFaultMemory(remaining));
     } catch (error) {
       if (!(error instanceof KvmError)) throw error;
-      if (error.code === 'EOPNOTSUPP') return false;
+      if (error.code === 'EOPNOTSUPP' || error.code === 'EBUSY') return false;
       // A signal, or a slot that changed elsewhere: nothing was done, and it can be done again.
       if (error.code !== 'EINTR' && error.code !== 'EAGAIN') throw error;
     }

@@ -310,6 +310,7 @@ await withPrivate(
     const [memory, file] = [host(8), closed(8)];
     const slot = vm.createMemslot({ address: 0, size: 8 * P, hostMemory: memory, guestMemfd: file });
     vm.setMemoryAttributes({ address: 2 * P, size: 3 * P }, { private: true });
+    vm.createVcpu();
     t.equal(slot.lock('read-write').residentBytes, 8 * P);
     t.same([memory.residentBytes(), file.residentBytes()], [5 * P, 3 * P], 'nothing is held twice');
     const error = await rejection(vm.convert({ address: 0, size: 8 * P }, 'private'));

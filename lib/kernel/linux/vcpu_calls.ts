@@ -51,7 +51,9 @@ export abstract class VcpuCalls extends LinuxCalls {
   runningVcpus(vm: number): Result {
     const owner = this.files.vm(i32('vm', vm));
     const kind = this.files.get(vm)?.kind;
-    if (kind !== 'vm') return this.answer(-(kind ? ERRNO.ENOTTY : ERRNO.EBADF));
+    // As for any other request of a VM. Contract §2.
+    const wrong = kind === 'kvm' || kind === 'vcpu' ? ERRNO.EINVAL : kind ? ERRNO.ENOTTY : ERRNO.EBADF;
+    if (kind !== 'vm') return this.answer(-wrong);
     this.command.i32(0, vm);
     const own = [...this.#running].filter((file) => owner && file.vm === owner).length;
     return own + this.native.countRunningElsewhere();

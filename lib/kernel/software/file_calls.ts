@@ -72,6 +72,7 @@ export abstract class FileCalls extends SoftwareProcess {
     }
     const refused = this.check(vfsFallocateRules, file, request);
     if (refused !== null) return refused;
+    if (file instanceof StatsFile) return this.refuse('EBADF', 'statistics can only be read');
     if (file instanceof SecretFile)
       return this.refuse('EOPNOTSUPP', 'secret memory is given back as a whole, by close');
     if (!(file instanceof MemoryFile)) return this.refuse('ENODEV', 'only regular files can be allocated');
@@ -181,6 +182,7 @@ export abstract class FileCalls extends SoftwareProcess {
     const plain = bytes('source', source);
     const file = this.file(i32('fd', fd));
     if (file instanceof EventFile) return this.answer(file.write(plain));
+    if (file instanceof StatsFile) return this.refuse('EBADF', 'statistics can only be read');
     return this.#transfer(fd, plain, true, null);
   }
 
@@ -203,6 +205,8 @@ export abstract class FileCalls extends SoftwareProcess {
     if (i32('whence', whence) < 0 || whence > 4) return this.refuse('EINVAL', `there is no whence ${whence}`);
     const io = transferable(file);
     if (io) return this.answer(io.seek(Number(at), whence));
+    // Seeking there does nothing, and says where the next read is.
+    if (file instanceof StatsFile) return file.position;
     return file.kind === 'kvm' || file.kind === 'vm' || file.kind === 'vcpu'
       ? 0
       : this.refuse('ESPIPE', 'this file has no position');
@@ -240,6 +244,7 @@ export abstract class FileCalls extends SoftwareProcess {
         else this.inheritable.add(fd);
         return 0;
       case F_GETFL: {
+        if (file.kind === 'stats') return 0;
         const largeFile = this.machine.isArm ? 0x20000 : 0x8000;
         // What open(2) opened has it, and what behaves as if it had.
         return file.kind === 'kvm' || file.kind === 'gmem' || file.kind === 'file' || file.kind === 'secret'

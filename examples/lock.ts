@@ -2,7 +2,7 @@
 // on every pass, and whoever would take it is refused. `node dist/examples/lock.js [--backend software]`
 import { GuestAgent, Kvm, KvmError, MiB } from 'guest-memfd';
 
-const SIZE = 4 * MiB;
+const SIZE = MiB;
 const PASSES = 3;
 
 using kvm = Kvm.open({ backend: process.argv.includes('software') ? 'software' : 'auto' });
@@ -42,7 +42,7 @@ for (let byte = 1; byte <= PASSES; byte++) {
 
 memory.discard({ offset: 0, size: SIZE });
 const { residentBytes, guestMapped, by } = slot.lock('read-write');
-console.log(`locked by ${by === 'kernel' ? 'KVM' : 'this process'}: ${residentBytes / MiB} MiB are in memory`);
+console.log(`locked by ${by === 'kernel' ? 'KVM' : 'this process'}: ${residentBytes / MiB} MiB is in memory`);
 console.log(`  ${guestMapped ? 'and mapped for the guest' : 'each page is mapped for the guest on its first pass'}`);
 for (let byte = 1; byte <= PASSES; byte++) {
   refused('the host wants a page back', () => memory.discard({ offset: 0, size: kvm.pageSize }));

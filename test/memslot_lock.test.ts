@@ -187,7 +187,7 @@ await everywhere(t, 'seed 4.8: nor does the host fault on behalf of a guest whos
   const { kvm, P, backend } = world;
   const agent = boot(world);
   // A model has no faults of a process.
-  const pages = backend.model ? 8 : 1024;
+  const pages = backend.model ? 8 : 256;
   const { slot, memory } = locked(world, pages);
   const faulted = (run: () => void): number => {
     const before = process.resourceUsage().minorPageFault;
@@ -199,12 +199,12 @@ await everywhere(t, 'seed 4.8: nor does the host fault on behalf of a guest whos
   const missing = faulted(() => agent.fill(slot, 2));
   memory.discard({ offset: 0, size: pages * P });
   slot.lock('read-write');
-  const there = faulted(() => agent.fill(slot, 3));
+  // Node's own faults are among them, and seldom every time.
+  const there = Math.min(...[3, 4, 5].map((byte) => faulted(() => agent.fill(slot, byte))));
   t.equal(slot.residentBytes(), pages * P);
   if (backend.model) return;
-  // Node's own are among them.
   t.ok(missing >= pages, `${missing} faults for ${pages} pages that are not there`);
-  t.ok(there < pages / 2, `${there} for as many that are locked`);
+  t.ok(there < pages / 4, `${there} for as many that are locked`);
   t.equal(kvm.backend, 'kvm');
 });
 

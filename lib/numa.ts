@@ -49,12 +49,15 @@ export function setPolicy(
   if (result >= 0) return;
   if (result === -ERRNO.ENOSYS)
     throw KvmError.unsupported('this kernel was built without NUMA (CONFIG_NUMA): memory has one place only');
-  const absent =
-    result === -ERRNO.EINVAL &&
-    (nodes.length > 0
-      ? `the host has no NUMA node ${list(nodes.map(String))} that this process may use (/sys/devices/system/node/online)`
-      : `this kernel has no policy '${mode}'`);
-  throw systemError(result, { syscall: 'mbind', args: { offset, size, mode, nodes } }, absent || kernel.explain());
+  const reason = result === -ERRNO.EINVAL ? invalidPolicy(offset % kernel.pageSize, mode, nodes) : kernel.explain();
+  throw systemError(result, { syscall: 'mbind', args: { offset, size, mode, nodes } }, reason);
+}
+
+function invalidPolicy(past: number, mode: NumaMode, nodes: readonly number[]): string {
+  if (past !== 0) return 'the range does not begin at a page';
+  return nodes.length > 0
+    ? `the host has no NUMA node ${list(nodes.map(String))} that this process may use (/sys/devices/system/node/online)`
+    : `this kernel has no policy '${mode}'`;
 }
 
 /** get_mempolicy(2) of the page at an offset. */

@@ -144,7 +144,7 @@ export class MemslotLock {
     this.#releases.push(() => locked.delete(hold));
     if (this.by === 'kernel') return;
     if (host) this.#releases.unshift(() => unlockHost(kernel, host, offset, size));
-    if (host) lockHost(kernel, host.backing.mapping, offset, size, this.rights);
+    if (host) lockHost(kernel, host, offset, size, this.rights);
     else if (file) allocate(kernel, file.backing.fd, offset, size);
   }
 }
@@ -160,11 +160,14 @@ function unlockHost(kernel: Kernel, { backing: { mapping, locked } }: HostMemory
 }
 
 /** Every page there, and none to go: first the right to keep them, which is what a limit refuses, then the pages. */
-function lockHost(kernel: Kernel, mapping: number, offset: number, size: number, rights: LockRights): void {
+function lockHost(kernel: Kernel, host: HostMemory, offset: number, size: number, rights: LockRights): void {
+  const { mapping } = host.backing;
   const args = { offset, size };
   const locked = kernel.mlock2(mapping, offset, size, MLOCK_ONFAULT);
   if (locked < 0) throw lockError(kernel, locked, 'mlock2', size);
-  const advice = rights === 'read' ? MADV_POPULATE_READ : MADV_POPULATE_WRITE;
+  // To read private memory is to find the one page of zeros that everybody has: a page of its own takes a write.
+  const isPrivate = host.kind === 'anonymous' || host.kind === 'hugetlb';
+  const advice = rights === 'read' && !isPrivate ? MADV_POPULATE_READ : MADV_POPULATE_WRITE;
   const populated = kernel.madvise(mapping, offset, size, advice);
   if (populated >= 0) return;
   // Before Linux 5.14 there is no such advice, and a lock that does not wait for a touch.

@@ -1,6 +1,21 @@
 import type { Kernel } from './kernel/kernel.ts';
-import { GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CAP, KVM_MEMORY_ATTRIBUTE_PRIVATE } from './uapi.ts';
-import { SET_MEMORY_ATTRIBUTES2_PRESERVE, SET_MEMORY_ATTRIBUTES2_ZERO } from './uapi_proposed.ts';
+import {
+  GUEST_MEMFD_FLAG_INIT_SHARED,
+  GUEST_MEMFD_FLAG_MMAP,
+  KVM_CAP,
+  KVM_MEMORY_ATTRIBUTE_PRIVATE,
+  MAP_SHARED,
+  MPOL_LOCAL,
+  PROT_READ,
+  PROT_WRITE,
+} from './uapi.ts';
+import {
+  KVM_CAP_PROPOSED,
+  KVM_UNLOCK_MEM_ALL,
+  KVM_UNLOCK_MEMORY_REGION,
+  SET_MEMORY_ATTRIBUTES2_PRESERVE,
+  SET_MEMORY_ATTRIBUTES2_ZERO,
+} from './uapi_proposed.ts';
 
 /** What a VM can do, asked of the VM fd and never inferred from a version. */
 export interface VmCapabilities {
@@ -22,6 +37,8 @@ export interface VmCapabilities {
   readonly mapGpaRangeExit: boolean;
   /** An access that finds no page exits with the range. Linux 6.8; arm64 reports nothing but does so wherever it has guest_memfd. */
   readonly memoryFaultExit: boolean;
+  /** KVM itself can lock memslots, as proposed (KVM_CAP_ARM_LOCK_USER_MEMORY_REGION); elsewhere lock() is carried out by this process. */
+  readonly memslotLock: boolean;
   /** Slots of one address space. */
   readonly memslots: number;
   readonly addressSpaces: number;
@@ -50,6 +67,27 @@ function probeConversion(kernel: Kernel, vm: number, flags: number): { works: bo
   return { works, content: modes.reduce((all, mode) => all | mode, 0) };
 }
 
+/** Whether unlocking everything, when nothing is locked, is something the VM can do: a kernel without locks, whatever it has under the number, cannot. */
+function probeMemslotLock(kernel: Kernel, vm: number): boolean {
+  const cap = KVM_CAP_PROPOSED.ARM_LOCK_USER_MEMORY_REGION;
+  return kernel.enableCap(vm, { cap, flags: KVM_UNLOCK_MEMORY_REGION, args: [0, KVM_UNLOCK_MEM_ALL, 0, 0] }) === 0;
+}
+
+/** Whether a NUMA policy that was set through one mapping of a guest_memfd is there in another: then it is the file's, and not the mapping's. */
+export function guestMemfdKeepsPolicy(kernel: Kernel, vm: number): boolean {
+  const { pageSize: length } = kernel;
+  const file = kernel.createGuestMemfd(vm, { size: length, flags: GUEST_MEMFD_FLAG_MMAP });
+  if (file < 0) return false;
+  const map = () => kernel.mmap({ length, prot: PROT_READ | PROT_WRITE, flags: MAP_SHARED, fd: file, offset: 0 });
+  const mappings = [map(), map()];
+  const [one = -1, other = -1] = mappings;
+  const set = kernel.mbind(one, 0, length, MPOL_LOCAL, []);
+  const keeps = set === 0 && kernel.getMempolicy(other, 0) === MPOL_LOCAL;
+  for (const mapping of mappings) if (mapping >= 0) kernel.munmap(mapping);
+  kernel.close(file);
+  return keeps;
+}
+
 export function vmCapabilities(kernel: Kernel, vm: number): VmCapabilities {
   const ask = (capability: number): number => Math.max(0, kernel.checkExtension(vm, capability));
   const guestMemfd = ask(KVM_CAP.GUEST_MEMFD) > 0;
@@ -68,11 +106,15 @@ export function vmCapabilities(kernel: Kernel, vm: number): VmCapabilities {
     preFaultMemory: ask(KVM_CAP.PRE_FAULT_MEMORY) > 0,
     mapGpaRangeExit: (ask(KVM_CAP.EXIT_HYPERCALL) & 0x1000) !== 0,
     memoryFaultExit: ask(KVM_CAP.MEMORY_FAULT_INFO) > 0 || (kernel.arch === 'aarch64' && guestMemfd),
+    memslotLock: probeMemslotLock(kernel, vm),
     memslots: ask(KVM_CAP.NR_MEMSLOTS),
     addressSpaces: Math.max(1, ask(KVM_CAP.MULTI_ADDRESS_SPACE)),
   };
   const how = kernel.name === 'software' ? ('modelled' as const) : ('reported' as const);
-  const probed = inPlace ? { conversion: 'probed' as const, conversionContent: 'probed' as const } : {};
+  const probed = {
+    ...((answers.memslotLock || how === 'reported') && { memslotLock: 'probed' as const }),
+    ...(inPlace && { conversion: 'probed' as const, conversionContent: 'probed' as const }),
+  };
   return {
     ...answers,
     evidence: { ...Object.fromEntries(Object.keys(answers).map((name) => [name, how])), ...probed },

@@ -6,6 +6,8 @@ import { keptAlive, refuseIfInUse, residentBytes, WINDOW_MAX } from './host_memo
 import type { Kernel, Result } from './kernel/kernel.ts';
 import { tellOfDiscard } from './memory_user.ts';
 import type { Memslot } from './memslot.ts';
+import { refuseIfLocked } from './memslot_lock.ts';
+import { type NumaMode, type NumaPolicy, numaPolicy, policyAt, setPolicy } from './numa.ts';
 import { guardConstructor, type internal, Resource } from './resource.ts';
 import {
   ERRNO,
@@ -17,7 +19,7 @@ import {
   PROT_READ,
   PROT_WRITE,
 } from './uapi.ts';
-import { fileRange, options, rangeError, text } from './validate.ts';
+import { fileRange, integer, options, rangeError, text } from './validate.ts';
 import type { Vm } from './vm.ts';
 
 /** The mode of fallocate(2) that gives pages back. */
@@ -39,6 +41,8 @@ export class GuestMemfd extends Resource {
   readonly #fd: number;
   readonly #slots = new Set<Memslot>();
   readonly #pins = new Holds<string>();
+  /** What locked slots keep allocated. */
+  readonly #locked = new Holds<Memslot>();
   readonly #mapping: { handle: number };
 
   /** @internal */
@@ -83,12 +87,13 @@ export class GuestMemfd extends Resource {
    * reads zeros.
    *
    * @param range Bytes of the file, page-aligned; the whole file when omitted.
-   * @throws KvmError `EINVAL` unaligned range · `ERR_CLOSED` · what a user threw
+   * @throws KvmError `EINVAL` unaligned range · `EBUSY` a memslot that has it is locked · `ERR_CLOSED` · what a user threw
    * @see fallocate(2) with FALLOC_FL_PUNCH_HOLE; guest_memfd since Linux 6.8
    */
   punchHole(range?: FileRange): void {
     const hole = fileRange('range', range, this.size);
     this.assertOpen();
+    refuseIfLocked(this.#locked, hole.offset, hole.size, `guest_memfd fd ${this.#fd}`);
     tellOfDiscard(this.#slots, 'guestMemfdOffset', hole);
     this.#fallocate(PUNCH_HOLE, hole);
   }
@@ -138,6 +143,35 @@ export class GuestMemfd extends Resource {
     throw KvmError.unsupported(
       'cachestat(2) is not available here (Linux 6.5, or a sandbox forbids it), and the file cannot be mapped for mincore(2)',
     );
+  }
+
+  /**
+   * Says which NUMA nodes the pages come from that are not there yet, whoever touches them first: the guest, the host, or allocate().
+   *
+   * @param range Bytes of the file, page-aligned; the whole file when omitted.
+   * @throws KvmError `UNSUPPORTED` a kernel whose guest_memfds keep no policy, or a file created without `mmap` · `EINVAL` unaligned, or a node that the
+   *   host does not have · `ERR_CLOSED`
+   * @see mbind(2) on a mapping of the file, Linux 6.19
+   */
+  setNumaPolicy(policy: NumaPolicy, range?: FileRange): void {
+    const wanted = numaPolicy(policy);
+    const bytes = fileRange('range', range, this.size);
+    this.assertOpen();
+    this.#assertKeepsPolicy();
+    setPolicy(this.#kernel, this.#map(), bytes, wanted);
+  }
+
+  /**
+   * The policy of the page at an offset of the file, in bytes.
+   *
+   * @throws as setNumaPolicy()
+   * @see get_mempolicy(2)
+   */
+  numaPolicyAt(offset: number): NumaMode {
+    integer('offset', offset, 0, this.size - 1);
+    this.assertOpen();
+    this.#assertKeepsPolicy();
+    return policyAt(this.#kernel, this.#map(), offset);
   }
 
   /**
@@ -196,6 +230,7 @@ export class GuestMemfd extends Resource {
       map: () => this.#map(),
       assertOpen: () => this.assertOpen(),
       pins: this.#pins,
+      locked: this.#locked,
     };
   }
 
@@ -208,6 +243,16 @@ export class GuestMemfd extends Resource {
   get #convertsInPlace(): boolean {
     const mappable = (this.flags & BigInt(GUEST_MEMFD_FLAG_MMAP)) !== 0n;
     return mappable && !this.#vm.closed && this.#vm.capabilities.conversion === 'in-place';
+  }
+
+  /** Before Linux 6.19 mbind(2) marks the mapping only, and the file takes its pages from anywhere: tried on a file of its own. */
+  #assertKeepsPolicy(): void {
+    if (!(this.flags & BigInt(GUEST_MEMFD_FLAG_MMAP)))
+      throw KvmError.unsupported('a NUMA policy is set through a mapping: create the guest_memfd with { mmap: true }');
+    if (!this.#vm.backing.filesKeepPolicy())
+      throw KvmError.unsupported(
+        'a guest_memfd keeps its NUMA policy since Linux 6.19: this kernel would take it and not heed it',
+      );
   }
 
   #map(): number {

@@ -32,6 +32,11 @@ export class Holds<H> {
     return this.#ranges.overlaps(start, end) ? this.#ranges.within(start, end).next().value?.start : undefined;
   }
 
+  /** The parts of [start, end) that nobody holds. */
+  free(start: number, end: number): Iterable<{ readonly start: number; readonly end: number }> {
+    return this.#ranges.gaps(start, end);
+  }
+
   /** Who holds any of [start, end). */
   holders(start: number, end: number): Set<H> {
     const holders = new Set<H>();

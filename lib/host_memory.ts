@@ -6,6 +6,8 @@ import type { Kernel, Result } from './kernel/kernel.ts';
 import type { Kvm } from './kvm.ts';
 import { tellOfDiscard } from './memory_user.ts';
 import type { Memslot } from './memslot.ts';
+import { lockError, refuseIfLocked } from './memslot_lock.ts';
+import { type NumaMode, type NumaPolicy, numaPolicy, policyAt, setPolicy } from './numa.ts';
 import { guardConstructor, type internal, Resource } from './resource.ts';
 import {
   ERRNO,
@@ -19,7 +21,6 @@ import {
   MAP_SHARED,
   MFD_CLOEXEC,
   MiB,
-  MPOL_BIND,
   O_CLOEXEC,
   O_CREAT,
   O_RDWR,
@@ -28,7 +29,7 @@ import {
 } from './uapi.ts';
 import { fileRange, integer, oneOf, options, rangeError, text } from './validate.ts';
 
-export const hostMemoryKinds = ['anonymous', 'memfd', 'hugetlb', 'file'] as const;
+export const hostMemoryKinds = ['anonymous', 'memfd', 'hugetlb', 'file', 'secret'] as const;
 export type HostMemoryKind = (typeof hostMemoryKinds)[number];
 
 export interface HostMemoryOptions {
@@ -36,7 +37,9 @@ export interface HostMemoryOptions {
   readonly size: number;
   /**
    * 'anonymous' (default) is memory of this process only; 'memfd' and 'file' can be shared with others. Touching a view of a 'file' that
-   * another process has cut meanwhile is SIGBUS, as with every mapped file; copies through `vm.memory` are not.
+   * another process has cut meanwhile is SIGBUS, as with every mapped file; copies through `vm.memory` are not. 'secret' is for the host's own
+   * secrets, not for guests: not even the kernel has it in its page tables, and it is zeroed when it is closed (Linux 5.14). 'hugetlb' and 'secret'
+   * are `UNSUPPORTED` where the host has none.
    */
   readonly kind?: HostMemoryKind;
   /** Of a 'file', which is created when missing and made larger when shorter than `size`. */
@@ -90,6 +93,8 @@ export class HostMemory extends Resource {
   readonly #mapping: number;
   readonly #alignment: number;
   readonly #slots = new Set<Memslot>();
+  /** What locked slots keep in memory. */
+  readonly #locked = new Holds<Memslot>();
   /** The slots that show its bytes. */
   readonly #shown = new Holds<Memslot>();
 
@@ -115,14 +120,11 @@ export class HostMemory extends Resource {
     assertOpen();
     const [mapping, fd] = map(kernel, kind, size, file, hugePageSize);
     if (numaNode !== undefined) {
-      const bound = kernel.mbind(mapping, 0, size, MPOL_BIND, [numaNode]);
-      if (bound < 0) {
+      try {
+        setPolicy(kernel, mapping, { offset: 0, size }, { mode: 'bind', nodes: [numaNode] });
+      } catch (error) {
         release(kernel, mapping, fd);
-        throw systemError(
-          bound,
-          { syscall: 'mbind', args: { numaNode } },
-          bound === -ERRNO.EINVAL ? `the host has no NUMA node ${numaNode}` : null,
-        );
+        throw error;
       }
     }
     return new HostMemory(token, kvm, kernel, { kind, size, mapping, fd, alignment });
@@ -178,18 +180,43 @@ export class HostMemory extends Resource {
    * Gives pages back to the host, after memory users have heard of it (`discarding`); they read as zeros afterwards.
    *
    * @param range Bytes, aligned to the page size ('hugetlb': to its page size).
-   * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `EOPNOTSUPP` (a file system without holes), `ERR_CLOSED` · what a user threw
+   * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `EOPNOTSUPP` (a file system without holes), `UNSUPPORTED` for secret memory, `EBUSY` a memslot
+   *   that shows it is locked, `ERR_CLOSED` · what a user threw
    * @see madvise(2) with MADV_DONTNEED; for a 'memfd' or 'file' with MADV_REMOVE
    */
   discard(range: FileRange): void {
-    const { offset, size } = fileRange('range', options('range', range), this.size);
-    if (offset % this.#alignment !== 0 || size % this.#alignment !== 0) {
-      throw rangeError(`range must be made of whole pages of ${this.#alignment} bytes, got ${offset}, +${size}`);
-    }
+    const { offset, size } = this.#pages(options('range', range));
     this.assertOpen();
+    if (this.kind === 'secret') throw KvmError.unsupported('secret memory is given back as a whole, by close()');
+    refuseIfLocked(this.#locked, offset, size, `host memory (${this.kind}, ${formatBytes(this.size)})`);
     tellOfDiscard(this.#shown.holders(offset, offset + size), 'hostOffset', { offset, size });
     this.assertOpen();
     checked(this.#kernel, this.#kernel.madvise(this.#mapping, offset, size, this.#advice), 'madvise', { offset, size });
+  }
+
+  /**
+   * Says which NUMA nodes the pages come from that are not there yet.
+   *
+   * @param range Bytes, aligned to the page size ('hugetlb': to its page size); all of it when omitted.
+   * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `EINVAL` a node that the host does not have · `UNSUPPORTED` a kernel without NUMA · `ERR_CLOSED`
+   * @see mbind(2)
+   */
+  setNumaPolicy(policy: NumaPolicy, range?: FileRange): void {
+    const wanted = numaPolicy(policy);
+    const pages = this.#pages(range);
+    this.assertOpen();
+    setPolicy(this.#kernel, this.#mapping, pages, wanted);
+  }
+
+  /**
+   * The policy of the page at an offset, in bytes.
+   *
+   * @see get_mempolicy(2)
+   */
+  numaPolicyAt(offset: number): NumaMode {
+    integer('offset', offset, 0, this.size - 1);
+    this.assertOpen();
+    return policyAt(this.#kernel, this.#mapping, offset);
   }
 
   /**
@@ -230,10 +257,18 @@ export class HostMemory extends Resource {
       mapping: this.#mapping,
       slots: this.#slots,
       shown: this.#shown,
+      locked: this.#locked,
       assertOpen: () => this.assertOpen(),
       advice: this.#advice,
       alignment: this.#alignment,
     };
+  }
+
+  #pages(range: FileRange | undefined): FileRange {
+    const { offset, size } = fileRange('range', range, this.size);
+    if (offset % this.#alignment !== 0 || size % this.#alignment !== 0)
+      throw rangeError(`range must be made of whole pages of ${this.#alignment} bytes, got ${offset}, +${size}`);
+    return { offset, size };
   }
 
   get #advice(): number {
@@ -268,18 +303,17 @@ function map(
     const count = size / hugePageSize;
     const pool = `/sys/kernel/mm/hugepages/hugepages-${hugePageSize / 1024}kB/nr_hugepages`;
     if (mapping < 0) {
-      const reason =
-        mapping === -ERRNO.ENOMEM
-          ? `the host has no ${count} free huge pages of ${formatBytes(hugePageSize)}: echo ${count} > ${pool}`
-          : `the host has no huge pages of ${formatBytes(hugePageSize)}`;
+      const reason = `the host has no ${count} free huge pages of ${formatBytes(hugePageSize)}: echo ${count} > ${pool}`;
+      const unknown: readonly number[] = [-ERRNO.EINVAL, -ERRNO.ENOENT, -ERRNO.ENOSYS, -ERRNO.EOPNOTSUPP];
+      if (unknown.includes(mapping))
+        throw KvmError.unsupported(
+          `the host has no huge pages of ${formatBytes(hugePageSize)}: /sys/kernel/mm/hugepages lists its sizes`,
+        );
       throw systemError(mapping, { syscall: 'mmap', args: { size, hugePageSize } }, reason);
     }
     return [mapping, -1];
   }
-  const fd =
-    kind === 'memfd'
-      ? checked(kernel, kernel.memfdCreate('guest-memory', MFD_CLOEXEC), 'memfd_create')
-      : opened(kernel.open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0o600), path);
+  const fd = open(kernel, kind, path);
   try {
     const status: { size?: bigint } = {};
     checked(kernel, kernel.fstat(fd, status), 'fstat');
@@ -289,11 +323,24 @@ function map(
         resized === -ERRNO.EINVAL ? `${path} is not a regular file, or cannot be that large` : kernel.explain();
       if (resized < 0) throw systemError(resized, { syscall: 'ftruncate', args: { path, size } }, reason);
     }
-    return [checked(kernel, mmap(MAP_SHARED, fd), 'mmap', { size }), fd];
+    const mapping = mmap(MAP_SHARED, fd);
+    if (kind === 'secret' && mapping === -ERRNO.EAGAIN) throw lockError(kernel, mapping, 'mmap', size);
+    return [checked(kernel, mapping, 'mmap', { size }), fd];
   } catch (error) {
     kernel.close(fd);
     throw error;
   }
+}
+
+function open(kernel: Kernel, kind: HostMemoryKind, path: string): number {
+  if (kind === 'memfd') return checked(kernel, kernel.memfdCreate('guest-memory', MFD_CLOEXEC), 'memfd_create');
+  if (kind === 'file') return opened(kernel.open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0o600), path);
+  const fd = kernel.memfdSecret(O_CLOEXEC);
+  if (fd === -ERRNO.ENOSYS)
+    throw KvmError.unsupported(
+      'the host has no secret memory (memfd_secret): Linux 5.14 with CONFIG_SECRETMEM and secretmem.enable=1, the default since 6.5; on arm64 also rodata=full',
+    );
+  return checked(kernel, fd, 'memfd_secret');
 }
 
 function opened(fd: Result, path: string): number {

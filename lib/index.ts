@@ -12,7 +12,10 @@ export { type BackendName, Kvm, type OpenOptions, type VmOptions } from './kvm.t
 export { MemoryAttributes } from './memory_attributes.ts';
 export { type ConversionNotice, type MemoryHold, MemoryUser, type MemoryUserOptions } from './memory_user.ts';
 export { Memslot, type MemslotOptions } from './memslot.ts';
+export type { LockReport, LockRights } from './memslot_lock.ts';
 export type { Arch, KernelVersion, ModelOptions, Proposal } from './model_options.ts';
+export type { NumaMode, NumaPolicy } from './numa.ts';
+export type { Statistics } from './statistics.ts';
 export { GiB, KiB, MiB, TiB } from './uapi.ts';
 export { type RunOptions, Vcpu } from './vcpu.ts';
 export type { VcpuModule } from './vcpu_driver.ts';

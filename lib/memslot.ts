@@ -1,14 +1,27 @@
 import { KvmError, systemError } from './errors.ts';
 import { GuestMemfd } from './guest_memfd.ts';
 import type { FileRange } from './guest_range.ts';
-import type { Hold } from './holds.ts';
+import type { Hold, Holds } from './holds.ts';
 import { HostMemory } from './host_memory.ts';
 import type { Kernel, Result } from './kernel/kernel.ts';
+import { lockedSlotRules } from './kernel/rules/memslot_lock.ts';
+import { check } from './kernel/rules/rule.ts';
 import type { MemoryUser } from './memory_user.ts';
+import {
+  assertLockable,
+  assertLocked,
+  flagsOf,
+  type LockReport,
+  type LockRights,
+  lockRights,
+  MemslotLock,
+  refuse,
+  residentBytesOf,
+} from './memslot_lock.ts';
 import type { RangeMap } from './ranges.ts';
 import { guardConstructor, type internal } from './resource.ts';
 import { GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY } from './uapi.ts';
-import { boolean, fileRange, integer, options, rangeError, typeError } from './validate.ts';
+import { boolean, fileRange, integer, oneOf, options, rangeError, typeError } from './validate.ts';
 import type { Vm } from './vm.ts';
 
 export interface MemslotOptions {
@@ -52,6 +65,10 @@ export interface SlotOwner {
   readonly firstFree: number[];
   /** Throws where another thread is the one that changes this VM's memory. */
   assertOwn(): void;
+  /** By guest physical address: what conversions leave alone. */
+  readonly holds: Holds<string>;
+  /** Fills the guest's tables for the slot; false where they cannot be filled ahead. */
+  preFault(slot: Memslot): boolean;
   /** The slot is there, or is another than it was. */
   appeared(slot: Memslot): void;
   disappeared(slot: Memslot): void;
@@ -84,6 +101,7 @@ export class Memslot implements Disposable {
   /** What of its host memory it shows. */
   readonly #shown: Hold<Memslot> | undefined;
   #removed = false;
+  #lock: MemslotLock | null = null;
 
   /** @internal */
   static create(token: typeof internal, owner: SlotOwner, given: MemslotOptions): Memslot {
@@ -171,6 +189,11 @@ export class Memslot implements Disposable {
     return this.#placement.hostOffset;
   }
 
+  /** The rights that lock() gave it; only the thread that created the VM knows. */
+  get locked(): false | LockRights {
+    return this.#lock?.rights ?? false;
+  }
+
   /** Whether the slot was removed, by remove() or with its VM. */
   get removed(): boolean {
     return this.#removed;
@@ -180,8 +203,8 @@ export class Memslot implements Disposable {
    * Moves the slot to another guest physical address; pending dirty pages move along.
    *
    * @param address Bytes, page-aligned.
-   * @throws KvmError `EINVAL` a slot with a guest_memfd cannot move · `EEXIST` another slot is there · `EBUSY` a conversion is at work ·
-   *   `ERR_CLOSED`
+   * @throws KvmError `EINVAL` a slot with a guest_memfd cannot move · `EEXIST` another slot is there · `EBUSY` a conversion is at work, or the
+   *   slot is locked · `ERR_CLOSED`
    */
   move(address: number): void {
     integer('address', address);
@@ -189,6 +212,7 @@ export class Memslot implements Disposable {
     this.#owner.assertOwn();
     this.#owner.assertIdle(this.address, this.size);
     this.#owner.assertIdle(address, this.size);
+    this.#assertChangeable({ moves: address !== this.address });
     this.#setRegion(address, this.size, this.logDirtyPages);
     this.#disappear();
     this.#placement.address = address;
@@ -198,12 +222,13 @@ export class Memslot implements Disposable {
   /**
    * Starts or stops recording which pages the guest writes. Pages recorded and not yet read are lost when it stops.
    *
-   * @throws KvmError `EINVAL` a slot with a guest_memfd cannot log · `ERR_CLOSED`
+   * @throws KvmError `EINVAL` a slot with a guest_memfd cannot log · `EPERM` it is locked for writing · `ERR_CLOSED`
    */
   setLogDirtyPages(on: boolean): void {
     boolean('on', on);
     this.#assertThere();
     this.#owner.assertOwn();
+    this.#assertChangeable({ startsLog: on && !this.logDirtyPages });
     this.#setRegion(this.address, this.size, on);
     this.#placement.logDirtyPages = on;
     this.#owner.appeared(this);
@@ -260,14 +285,59 @@ export class Memslot implements Disposable {
   }
 
   /**
+   * Promises the guest its memory: every page of the slot is there, mapped for the guest where the kernel can do that ahead, and stays until
+   * unlock(). Host memory is locked and touched, pages of a guest_memfd are allocated: on each page the side that the guest sees now. Until then
+   * the slot can be neither moved nor removed, converting any of it is `EAGAIN`, and giving its pages back `EBUSY`; closing the VM ends it all. It
+   * takes its time by the page, on this thread.
+   *
+   * @param rights Of the locked mapping: 'read' leaves the guest's first write of a page to fault, and does not forbid it.
+   * @throws KvmError `EBUSY` a vCPU of the VM runs, on any thread, or the slot is locked already · `EPERM` 'read-write' for a slot that is read-only
+   *   or logs dirty pages · `ENOMEM` the limit of locked memory (RLIMIT_MEMLOCK), named, or no memory · `EFAULT` a file that was cut · `ERR_CLOSED`
+   * @see mlock2(2), MADV_POPULATE_WRITE, KVM_PRE_FAULT_MEMORY (Linux 6.11, x86_64); KVM_CAP_ARM_LOCK_USER_MEMORY_REGION where a kernel has it (proposed)
+   */
+  lock(rights: LockRights): LockReport {
+    oneOf('rights', rights, lockRights);
+    this.#assertThere();
+    this.#owner.assertOwn();
+    this.#owner.assertIdle(this.address, this.size);
+    assertLockable(this, this.#owner, rights);
+    const lock = new MemslotLock(this, this.#owner, rights);
+    this.#lock = lock;
+    return { rights, residentBytes: this.residentBytes(), guestMapped: lock.guestMapped, by: lock.by };
+  }
+
+  /**
+   * Ends the promise. The guest keeps what it has mapped, for as long as the host leaves it there.
+   *
+   * @throws KvmError `EINVAL` it is not locked · `ERR_CLOSED`
+   */
+  unlock(): void {
+    this.#assertThere();
+    this.#owner.assertOwn();
+    assertLocked(this, this.#owner);
+    this.#release();
+  }
+
+  /**
+   * Bytes of what the guest sees in the slot that occupy memory.
+   *
+   * @see mincore(2), cachestat(2)
+   */
+  residentBytes(): number {
+    this.#assertThere();
+    return residentBytesOf(this, this.#owner);
+  }
+
+  /**
    * Takes the memory away from the guest. What the host memory and the guest_memfd hold stays. A second call does nothing.
    *
-   * @throws KvmError `EBUSY` a conversion is at work on it
+   * @throws KvmError `EBUSY` a conversion is at work on it, or it is locked
    */
   remove(): void {
     if (this.#removed || this.#owner.vm.closed) return;
     this.#owner.assertOwn();
     this.#owner.assertIdle(this.address, this.size);
+    this.#assertChangeable({ removes: true });
     this.#setRegion(this.address, 0, false);
     this.gone();
   }
@@ -302,6 +372,7 @@ export class Memslot implements Disposable {
   /** @internal The kernel has it no more: it was removed, here or by another thread, or its VM is gone. */
   gone(): void {
     const { hostMemory, guestMemfd } = this.#placement;
+    this.#release();
     this.#removed = true;
     const { slots, firstFree } = this.#owner;
     slots.delete(this.slot);
@@ -310,6 +381,25 @@ export class Memslot implements Disposable {
     hostMemory?.backing.slots.delete(this);
     if (this.#shown) hostMemory?.backing.shown.delete(this.#shown);
     guestMemfd?.backing.slots.delete(this);
+  }
+
+  /** @internal There is a vCPU to fill the guest's tables with. What cannot be mapped now faults at its first access. */
+  mapLocked(): void {
+    try {
+      this.#lock?.mapForGuest(this, this.#owner);
+    } catch (error) {
+      if (!(error instanceof KvmError)) throw error;
+    }
+  }
+
+  #release(): void {
+    this.#lock?.release();
+    this.#lock = null;
+  }
+
+  #assertChangeable({ removes = false, moves = false, startsLog = false }): void {
+    const change = { locked: flagsOf(this.locked), removes, moves, startsLog };
+    refuse(check(lockedSlotRules, null, change), this);
   }
 
   #assertThere(): void {
@@ -364,6 +454,11 @@ function checkBacking(vm: Vm, { size, hostMemory, hostOffset, guestMemfd, guestM
   if (hostMemory) {
     const { kvm, assertOpen } = hostMemory.backing;
     assertOpen();
+    if (hostMemory.kind === 'secret')
+      throw new KvmError({
+        code: 'EINVAL',
+        message: 'secret memory is for the host alone: no kernel lets a guest reach it (memfd_secret)',
+      });
     if (kvm !== vm.kvm)
       throw new KvmError({
         code: 'EINVAL',

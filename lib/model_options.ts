@@ -37,6 +37,8 @@ export interface ModelOptions {
   readonly physicalAddressBits?: number;
   /** Bits of a process's address. x86_64: 47 (default), or 56 with 5-level paging. aarch64: 48 (default) or 52. */
   readonly userAddressBits?: number;
+  /** Bytes that the process may lock, as RLIMIT_MEMLOCK has it for an ordinary user; as many as it likes when omitted, as for root. */
+  readonly lockLimit?: number;
   /**
    * Proposed interfaces that the newest kernel shall have besides its own; none by default. Their numbers may change, and mean something else
    * on kernels that exist.

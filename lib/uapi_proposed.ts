@@ -28,6 +28,8 @@ export const MAP_GUEST_SHARED = 0x200000;
 
 /** KVM_CAP_* by name. */
 export const KVM_CAP_PROPOSED = {
+  /** Memslots can be locked. Released kernels have KVM_CAP_VM_GPA_BITS under this number, which cannot be enabled. */
+  ARM_LOCK_USER_MEMORY_REGION: 207,
   /** The attributes KVM_SET_MEMORY_ATTRIBUTES2 takes on a guest_memfd of this VM. */
   GUEST_MEMFD_MEMORY_ATTRIBUTES: 246,
   /** The content modes it takes as flags. */
@@ -35,3 +37,10 @@ export const KVM_CAP_PROPOSED = {
   /** A guest grants pages in a ring of at most so many entries. args: [guest physical address of its page, entries]. */
   GRANT_RING: 248,
 } as const;
+
+/** Of KVM_ENABLE_CAP with ARM_LOCK_USER_MEMORY_REGION: what to do, as its flags. args[0] is the slot, args[1] one of those below. */
+export const KVM_LOCK_MEMORY_REGION = 1;
+export const KVM_UNLOCK_MEMORY_REGION = 2;
+export const KVM_LOCK_MEM_READ = 1;
+export const KVM_LOCK_MEM_WRITE = 2;
+export const KVM_UNLOCK_MEM_ALL = 1;

@@ -4,6 +4,7 @@ import type { GuestRange, Visibility } from './guest_range.ts';
 import type { Kernel, Result } from './kernel/kernel.ts';
 import { type RegisterFile, registerFile } from './registers.ts';
 import { closing, guardConstructor, type internal, Resource } from './resource.ts';
+import { readStatistics, type Statistics } from './statistics.ts';
 import { ERRNO, errnoName, KVM_EXIT } from './uapi.ts';
 import { abortSignal, guestRange, options, rangeError, typeError } from './validate.ts';
 import type { Vm } from './vm.ts';
@@ -128,6 +129,18 @@ export class Vcpu extends Resource {
     const read = { ...options('registers', registers) };
     this.assertOpen();
     this.#registers.set(read);
+  }
+
+  /**
+   * What the kernel counted for this vCPU: 'exits', on x86_64 'pf_taken', the faults of the second stage … The software kernel counts a few of them,
+   * and 'pf_taken' on aarch64 too, where Linux does not.
+   *
+   * @throws KvmError `UNSUPPORTED` a kernel before 5.14 · `EBUSY` it runs · `ERR_CLOSED`
+   * @see KVM_GET_STATS_FD
+   */
+  statistics(): Statistics {
+    this.assertOpen();
+    return readStatistics(this.#kernel, this.#fd);
   }
 
   /** @internal */

@@ -1,6 +1,6 @@
 import { types } from 'node:util';
 import { AttachedMemory } from './attached_memory.ts';
-import { type VmCapabilities, vmCapabilities } from './capabilities.ts';
+import { guestMemfdKeepsPolicy, type VmCapabilities, vmCapabilities } from './capabilities.ts';
 import { Conversion, type ConversionOwner, type ConversionReport, type ConvertOptions } from './conversion.ts';
 import { KvmError, systemError } from './errors.ts';
 import { formatBytes, formatRange } from './format.ts';
@@ -15,10 +15,12 @@ import { type BackendName, capabilityNumber, Kvm, shareError } from './kvm.ts';
 import { MemoryAttributes } from './memory_attributes.ts';
 import { MemoryUser, type MemoryUserOptions } from './memory_user.ts';
 import { Memslot, type MemslotOptions, type SlotOwner } from './memslot.ts';
+import type { LockRights } from './memslot_lock.ts';
 import { fileInPlace, PrivatePages } from './private_pages.ts';
 import { RangeMap } from './ranges.ts';
 import { ReadOnlyMap } from './read_only_map.ts';
 import { closing, guardConstructor, internal, Resource } from './resource.ts';
+import { readStatistics, type Statistics } from './statistics.ts';
 import { ERRNO, GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_MEMORY_ATTRIBUTE_PRIVATE } from './uapi.ts';
 import { boolean, guestRange, integer, oneOf, options, rangeError, typeError } from './validate.ts';
 import { Vcpu } from './vcpu.ts';
@@ -54,6 +56,7 @@ export interface VmDescription {
     readonly size: number;
     readonly backing: string;
     readonly privateBytes: number;
+    readonly locked: false | LockRights;
   }[];
   /** Bytes really held: by host memory and mappable files the guest sees, and by guest_memfds that only the guest sees. */
   readonly residentBytes: { readonly shared: number; readonly private: number };
@@ -87,6 +90,10 @@ export class Vm extends Resource {
   readonly #converting = new Map<Conversion, Promise<unknown>>();
   #capabilities: VmCapabilities | null = null;
   #nextVcpu = 0;
+  /** Those of this thread. */
+  readonly #vcpus = new Set<WeakRef<Vcpu>>();
+  /** Whether a guest_memfd keeps its NUMA policy; null until it was tried. */
+  #filesKeepPolicy: boolean | null = null;
 
   /** @internal */
   constructor(
@@ -132,6 +139,7 @@ export class Vm extends Resource {
       byAddress: new RangeMap(),
       users: this.#users,
       holds: new Holds(),
+      preFault: (slot) => this.#preFault(slot),
       firstFree: [],
     };
     this.#memslots = new ReadOnlyMap(this.#owner.slots);
@@ -286,15 +294,41 @@ export class Vm extends Resource {
       this.#kernel.close(fd);
       throw error;
     }
-    return new Vcpu(internal, this, this.#kernel, fd, number);
+    const vcpu = new Vcpu(internal, this, this.#kernel, fd, number);
+    this.#vcpus.add(new WeakRef(vcpu));
+    if (!this.#attached) for (const slot of this.#owner.slots.values()) slot.mapLocked();
+    return vcpu;
+  }
+
+  /**
+   * Unlocks every locked memslot.
+   *
+   * @throws KvmError `UNSUPPORTED` not on the thread that created the VM · `ERR_CLOSED`
+   * @see Memslot.lock()
+   */
+  unlockAll(): void {
+    this.assertOpen();
+    this.#assertOwn();
+    for (const slot of this.#owner.slots.values()) if (slot.locked) slot.unlock();
+  }
+
+  /**
+   * What the kernel counted for this VM: 'remote_tlb_flush', on x86_64 'pages_4k' …; nothing on the software kernel, which counts by vCPU.
+   *
+   * @throws KvmError `UNSUPPORTED` a kernel before 5.14 · `ERR_CLOSED`
+   * @see KVM_GET_STATS_FD
+   */
+  statistics(): Statistics {
+    this.assertOpen();
+    return readStatistics(this.#kernel, this.#fd);
   }
 
   /**
    * Says which pages are private: the bare kernel call. It neither moves nor frees any content; convert() does it all.
    *
    * @param range Guest physical addresses, page-aligned, with or without memslots.
-   * @throws KvmError `EINVAL` unaligned · `UNSUPPORTED` a VM type without private memory · `EBUSY` a conversion is at work there ·
-   *   `ERR_CLOSED`
+   * @throws KvmError `EINVAL` unaligned · `UNSUPPORTED` a VM type without private memory · `EBUSY` a conversion is at work there, or
+   *   a memslot there is locked · `ERR_CLOSED`
    * @see KVM_SET_MEMORY_ATTRIBUTES, Linux 6.8, x86_64
    */
   setMemoryAttributes(range: GuestRange, attributes: { readonly private: boolean }): void {
@@ -306,6 +340,7 @@ export class Vm extends Resource {
       throw KvmError.unsupported(`VMs of type '${this.type}' have no private memory (KVM_CAP_MEMORY_ATTRIBUTES is 0)`);
     }
     this.#assertIdle(address, size);
+    this.#assertUnlocked(address, size);
     const args = { address, size, attributes: secret ? KVM_MEMORY_ATTRIBUTE_PRIVATE : 0, flags: 0 };
     this.#check(this.#owner.setAttributes(args), 'KVM_SET_MEMORY_ATTRIBUTES', args);
     if (secret) this.memory.detachViews(address, size);
@@ -388,6 +423,7 @@ export class Vm extends Resource {
         size: slot.size,
         backing: backing(slot),
         privateBytes: this.attributes.privateRanges(slot).reduce((sum, { size }) => sum + size, 0),
+        locked: slot.locked,
       })),
       residentBytes: resident,
     };
@@ -425,7 +461,34 @@ export class Vm extends Resource {
 
   /** @internal */
   get backing() {
-    return { kernel: this.#kernel, fd: this.#fd, assertOwn: () => this.#assertOwn() };
+    return {
+      kernel: this.#kernel,
+      fd: this.#fd,
+      assertOwn: () => this.#assertOwn(),
+      filesKeepPolicy: () => {
+        this.#filesKeepPolicy ??= guestMemfdKeepsPolicy(this.#kernel, this.#fd);
+        return this.#filesKeepPolicy;
+      },
+    };
+  }
+
+  /** By a vCPU of this thread, if there is one. */
+  #preFault({ slot, address, size }: Memslot): boolean {
+    if (slot >= 0x10000 || !this.capabilities.preFaultMemory) return false;
+    for (const weak of this.#vcpus) {
+      const vcpu = weak.deref();
+      if (!vcpu || vcpu.closed) this.#vcpus.delete(weak);
+      else if (preFaultAll(vcpu, { address, size })) return true;
+    }
+    return false;
+  }
+
+  #assertUnlocked(address: number, size: number): void {
+    for (const { value: slot } of this.#owner.byAddress.within(address, address + size)) {
+      if (!slot.locked) continue;
+      const message = `memslot ${slot.slot} is locked, and what its guest sees stays: unlock it first (EBUSY)`;
+      throw new KvmError({ code: 'EBUSY', errno: -ERRNO.EBUSY, message });
+    }
   }
 
   #assertOwn(): void {
@@ -495,6 +558,21 @@ export class Vm extends Resource {
     if (result < 0) throw systemError(result, { syscall: 'ioctl', request, args }, this.#kernel.explain());
     return result;
   }
+}
+
+/** Maps a range before the guest touches it. False where KVM cannot do that for this VM now, or the vCPU is busy. */
+function preFaultAll(vcpu: Vcpu, range: GuestRange): boolean {
+  for (let remaining = range; remaining.size > 0; ) {
+    try {
+      ({ remaining } = vcpu.preFaultMemory(remaining));
+    } catch (error) {
+      if (!(error instanceof KvmError)) throw error;
+      if (error.code === 'EOPNOTSUPP' || error.code === 'EBUSY') return false;
+      // A signal, or a slot that changed elsewhere: nothing was done, and it can be done again.
+      if (error.code !== 'EINTR' && error.code !== 'EAGAIN') throw error;
+    }
+  }
+  return true;
 }
 
 function backing({ guestMemfd, hostMemory, readonly }: Memslot): string {

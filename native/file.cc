@@ -101,6 +101,11 @@ int64_t MemfdCreate(Environment& environment, const char* name) {
   return environment.Own(Syscall(uapi::kSysMemfdCreate, name, environment.command().u32(0)));
 }
 
+// memfd_secret(2). command: [flags]
+int64_t MemfdSecret(Environment& environment) {
+  return environment.Own(Syscall(uapi::kSysMemfdSecret, environment.command().u32(0)));
+}
+
 // fcntl(2). command: [fd, cmd, argument]
 int64_t Fcntl(const Command& command) {
   return Syscall(SYS_fcntl, command.i32(0), command.i32(1), static_cast<unsigned long>(command.u64(2)));
@@ -166,6 +171,7 @@ constexpr Function kTable[] = {
     {"pwrite", Invoke<Pwrite>},
     {"lseek", Invoke<Lseek>},
     {"memfdCreate", Invoke<MemfdCreate>},
+    {"memfdSecret", Invoke<MemfdSecret>},
     {"fcntl", Invoke<Fcntl>},
     {"poll", Invoke<Poll>},
     {"epollCreate1", Invoke<EpollCreate1>},

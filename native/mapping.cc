@@ -104,6 +104,13 @@ int64_t Mlock(Environment& environment) {
   return OnRange(environment, [](void* address, uint64_t length) { return Syscall(SYS_mlock, address, length); });
 }
 
+// mlock2(2). command: [mapping, offset, length, flags]
+int64_t Mlock2(Environment& environment) {
+  const uint32_t flags = environment.command().u32(3);
+  return OnRange(environment,
+                 [=](void* address, uint64_t length) { return Syscall(uapi::kSysMlock2, address, length, flags); });
+}
+
 // munlock(2). command: [mapping, offset, length]
 int64_t Munlock(Environment& environment) {
   return OnRange(environment, [](void* address, uint64_t length) { return Syscall(SYS_munlock, address, length); });
@@ -210,6 +217,7 @@ constexpr Function kTable[] = {
     {"madvise", Invoke<Madvise>},
     {"madviseAsync", Invoke<MadviseAsync>},
     {"mlock", Invoke<Mlock>},
+    {"mlock2", Invoke<Mlock2>},
     {"munlock", Invoke<Munlock>},
     {"msync", Invoke<Msync>},
     {"mbind", Invoke<Mbind>},

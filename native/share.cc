@@ -113,6 +113,16 @@ void Shares::WithdrawFile(const Environment* owner, int fd) {
   RemoveMemslots(fd);
 }
 
+uint64_t Shares::NumberOf(const Environment* owner, int fd) {
+  uint64_t number = 0;
+  uv_mutex_lock(&mutex_);
+  for (const Share& share : shares_) {
+    if (share.owner == owner && share.fd == fd) number = share.number;
+  }
+  uv_mutex_unlock(&mutex_);
+  return number;
+}
+
 bool Shares::Has(uint64_t number) {
   uv_mutex_lock(&mutex_);
   const bool found = Find(number) != nullptr;
@@ -141,6 +151,12 @@ int64_t TakeFile(Environment& environment) {
 // Whether somebody still shares it: 1 or 0. command: [number]
 int64_t IsShared(const Command& command) { return Shares::Get().Has(command.u64(0)) ? 1 : 0; }
 
+// How many vCPUs of a VM of ours run on other threads. command: [vm]
+int64_t CountRunningElsewhere(Environment& environment) {
+  const uint64_t number = Shares::Get().NumberOf(&environment, environment.command().i32(0));
+  return number == 0 ? 0 : CountRunning(number);
+}
+
 // The number by which another thread takes a mapping of ours. command: [mapping]
 int64_t ShareMapping(Environment& environment) {
   const Mapping* mapping = environment.FindMapping(environment.command().u64(0));
@@ -156,7 +172,8 @@ int64_t TakeMapping(Environment& environment) {
 }
 
 constexpr Function kTable[] = {
-    {"shareFile", Invoke<ShareFile>},       {"takeFile", Invoke<TakeFile>},       {"isShared", Invoke<IsShared>},
+    {"shareFile", Invoke<ShareFile>},       {"takeFile", Invoke<TakeFile>},
+    {"isShared", Invoke<IsShared>},         {"countRunningElsewhere", Invoke<CountRunningElsewhere>},
     {"shareMapping", Invoke<ShareMapping>}, {"takeMapping", Invoke<TakeMapping>},
 };
 

@@ -21,6 +21,8 @@ class Shares {
   // A duplicate of the file, or a reference to the memory; -ENOENT and null when nobody offers it (any more).
   int64_t TakeFile(uint64_t number);
   Memory* TakeMemory(uint64_t number);
+  // The number of a file of the environment that others may have; 0 for one that is not offered.
+  uint64_t NumberOf(const Environment* owner, int fd);
   // Whether somebody still offers it.
   bool Has(uint64_t number);
 

@@ -32,10 +32,27 @@ int64_t CreateVm(Environment& environment) {
   return fd;
 }
 
+// KVM_GET_STATS_FD of a VM or a vCPU. command: [fd]. EBUSY for a vCPU that runs, as above.
+int64_t GetStatsFd(Environment& environment) {
+  const int fd = environment.command().i32(0);
+  const Vcpu* vcpu = environment.FindVcpu(fd);
+  if (vcpu != nullptr && vcpu->busy()) return -EBUSY;
+  return environment.Own(Syscall(SYS_ioctl, fd, uapi::kGetStatsFd, 0));
+}
+
+// prlimit64(2) of this process, read. command: [resource]; then words: [soft, hard]
+int64_t Getrlimit(const Command& command) {
+  uint64_t limit[2] = {};
+  const int64_t result = Syscall(uapi::kSysPrlimit64, 0, command.i32(0), nullptr, limit);
+  if (result < 0) return result;
+  command.Set(0, limit[0]);
+  command.Set(1, limit[1]);
+  return 0;
+}
+
 constexpr Function kTable[] = {
-    {"ioctl", Invoke<Ioctl>},
-    {"open", Invoke<Open>},
-    {"createVm", Invoke<CreateVm>},
+    {"ioctl", Invoke<Ioctl>}, {"getStatsFd", Invoke<GetStatsFd>}, {"getrlimit", Invoke<Getrlimit>},
+    {"open", Invoke<Open>},   {"createVm", Invoke<CreateVm>},
 };
 
 }  // namespace

@@ -157,6 +157,7 @@ constexpr uint32_t kCheckExtension = kKvm << 8 | 0x03;
 constexpr uint32_t kGetVcpuMmapSize = kKvm << 8 | 0x04;
 constexpr uint32_t kCreateVcpu = kKvm << 8 | 0x41;
 constexpr uint32_t kRun = kKvm << 8 | 0x80;
+constexpr uint32_t kGetStatsFd = kKvm << 8 | 0xce;
 constexpr uint32_t kSetUserMemoryRegion = Request<UserspaceMemoryRegion>(kWrite, kKvm, 0x46);
 constexpr uint32_t kSetUserMemoryRegion2 = Request<UserspaceMemoryRegion2>(kWrite, kKvm, 0x49);
 constexpr uint32_t kGetDirtyLog = Request<DirtyLog>(kWrite, kKvm, 0x42);
@@ -174,6 +175,7 @@ constexpr uint32_t kGetDeviceAttr = Request<DeviceAttr>(kWrite, kKvm, 0xe2);
 constexpr uint32_t kHasDeviceAttr = Request<DeviceAttr>(kWrite, kKvm, 0xe3);
 static_assert(kCreateVm == 0xae01);
 static_assert(kCheckExtension == 0xae03 && kGetVcpuMmapSize == 0xae04 && kCreateVcpu == 0xae41 && kRun == 0xae80);
+static_assert(kGetStatsFd == 0xaece);
 static_assert(kPreFaultMemory == 0xc040aed5);
 static_assert(kGetOneReg == 0x4010aeab && kSetOneReg == 0x4010aeac);
 static_assert(kCreateDevice == 0xc00caee0);
@@ -234,20 +236,26 @@ constexpr uint32_t kHugeMask = 0x3f;
 // System calls by number: cachestat is newer than the headers, the others have no wrapper in the oldest glibc we load
 // on.
 constexpr long kSysCachestat = 451;
+constexpr long kSysMemfdSecret = 447;
 #if defined(__x86_64__)
 constexpr long kSysMbind = 237;
 constexpr long kSysGetMempolicy = 239;
 constexpr long kSysMemfdCreate = 319;
 constexpr long kSysUserfaultfd = 323;
+constexpr long kSysMlock2 = 325;
+constexpr long kSysPrlimit64 = 302;
 #elif defined(__aarch64__)
 constexpr long kSysMbind = 235;
 constexpr long kSysGetMempolicy = 236;
 constexpr long kSysMemfdCreate = 279;
 constexpr long kSysUserfaultfd = 282;
+constexpr long kSysMlock2 = 284;
+constexpr long kSysPrlimit64 = 261;
 #else
 #error "guest_memfd exists on x86-64 and arm64"
 #endif
 static_assert(kSysMbind == SYS_mbind && kSysGetMempolicy == SYS_get_mempolicy);
+static_assert(kSysMlock2 == SYS_mlock2 && kSysPrlimit64 == SYS_prlimit64);
 static_assert(kSysMemfdCreate == SYS_memfd_create && kSysUserfaultfd == SYS_userfaultfd);
 
 }  // namespace uapi

@@ -68,6 +68,14 @@ class Watcher {
     return result;
   }
 
+  int64_t CountRunning(uint64_t origin) {
+    uv_mutex_lock(&mutex_);
+    const int64_t count = std::count_if(vcpus_.begin(), vcpus_.end(),
+                                        [=](const Vcpu* vcpu) { return vcpu->origin() == origin && vcpu->busy(); });
+    uv_mutex_unlock(&mutex_);
+    return count;
+  }
+
   void Stop(uint64_t origin) {
     uv_mutex_lock(&mutex_);
     for (Vcpu* vcpu : vcpus_) vcpu->StopIfFrom(origin);
@@ -167,6 +175,8 @@ int64_t Watch(Vcpu* vcpu) { return Watcher::Get().Add(vcpu); }
 void Unwatch(Vcpu* vcpu) { Watcher::Get().Remove(vcpu); }
 
 int64_t KickVcpu(int fd) { return Watcher::Get().Kick(fd); }
+
+int64_t CountRunning(uint64_t origin) { return Watcher::Get().CountRunning(origin); }
 
 void StopVcpus(uint64_t origin) { Watcher::Get().Stop(origin); }
 

@@ -38,6 +38,7 @@ class Vcpu {
 
   int fd() const { return fd_; }
   Mapping* page() const { return page_; }
+  uint64_t origin() const { return origin_; }
   bool busy() const { return phase_.load(std::memory_order_acquire) != kIdle; }
 
   // KVM_RUN on the thread of the environment until the guest exits, a kick, `time` nanoseconds from now, or the end of
@@ -98,5 +99,7 @@ int64_t Watch(Vcpu* vcpu);
 void Unwatch(Vcpu* vcpu);
 // Kicks a vCPU of whatever thread of this process by its fd. EBADF if there is none.
 int64_t KickVcpu(int fd);
+// How many vCPUs run whose VM was taken by this number.
+int64_t CountRunning(uint64_t origin);
 // Ends the runs of vCPUs whose VM was taken by this number from a thread that closes it, for good.
 void StopVcpus(uint64_t origin);

@@ -420,6 +420,14 @@ t.test('examples', async (t) => {
     const two = printed('two-vcpus.js', args);
     t.match(two, /received: 'one page seen by two vCPUs'; the mailbox was full 5 times/);
     t.match(two, /the lock was free for vCPU 0, and then vCPU 0's\nboth read the same memory: true/);
+    const lock = printed('lock.js', args);
+    t.match(lock, /not locked.*\n(.* MiB in memory\n){3}locked by this process: 1 MiB is in memory\n/);
+    t.match(lock, /(back: EBUSY\n.*pass \d: faults of the guest \d+.*; 1 MiB in memory\n.*){3}/);
+    t.match(lock, /moves: EBUSY\n.*goes: EBUSY\n.*again: EBUSY\nunlocked/);
+    if (args.includes('software')) {
+      t.match(lock, /pass 2: faults of the guest 256; 1 MiB/);
+      t.match(lock, /back: EBUSY\n.*pass 3: faults of the guest 0; 1 MiB/);
+    }
     const map = printed('who-touched-what.js', args);
     t.match(map, /RAM │·WWW·W··W·{4}W·{7}W·{12}W·{5}WWWW·{12}[x·]·{7}│/);
     t.match(map, /ROM, nothing │·{12}!!··\?{4} {3}!! {39}│/);

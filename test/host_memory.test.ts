@@ -1,8 +1,25 @@
-import { mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { closeSync, mkdtempSync, openSync, readFileSync, readSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import t from 'tap';
 import { GiB, KvmError, MiB } from '../lib/index.ts';
+import { linuxKernel, softwareKernel } from '../lib/kernel/index.ts';
+import {
+  ERRNO,
+  errnoName,
+  F_GET_SEALS,
+  MADV_DONTNEED,
+  MADV_PAGEOUT,
+  MADV_POPULATE_READ,
+  MADV_REMOVE,
+  MAP_PRIVATE,
+  MAP_SHARED,
+  MS_SYNC,
+  O_CLOEXEC,
+  PROT_EXEC,
+  PROT_READ,
+  PROT_WRITE,
+} from '../lib/uapi.ts';
 import { backends, everywhere, openFiles, refused } from './backends.ts';
 
 // Memory itself: HostMemory of every kind, and guest_memfds.
@@ -120,8 +137,8 @@ await everywhere(t, 'huge pages that are not there', (t, { backend, kvm }) => {
   refused(
     t,
     () => kvm.createHostMemory({ size: 32 * MiB, kind: 'hugetlb', hugePageSize: 16 * MiB }),
-    'EINVAL',
-    '16 MiB',
+    'UNSUPPORTED',
+    'no huge pages of 16 MiB',
   );
 });
 
@@ -131,11 +148,175 @@ await everywhere(t, 'NUMA nodes', (t, { kvm, P }) => {
   const before = openFiles();
   for (const kind of ['anonymous', 'memfd'] as const) {
     const error = refused(t, () => kvm.createHostMemory({ size: P, kind, numaNode: 999 }), 'EINVAL', 'NUMA node 999');
-    t.match(error, { syscall: 'mbind', args: { numaNode: 999 } });
+    t.match(error, { syscall: 'mbind', args: { mode: 'bind', nodes: [999] } });
   }
   t.same(openFiles(), before, 'what was refused left nothing open');
   for (const numaNode of [-1, 1024, 0.5])
     refused(t, () => kvm.createHostMemory({ size: P, numaNode }), 'ERR_OUT_OF_RANGE', 'numaNode');
+});
+
+await everywhere(t, 'seed 3.10: a NUMA policy for each range of host memory', (t, { kvm, vm, P }) => {
+  for (const kind of ['anonymous', 'memfd', 'file'] as const) {
+    const path = join(folder, `placed ${process.pid}`);
+    using memory = kvm.createHostMemory({ size: 8 * P, kind, ...(kind === 'file' ? { path } : {}) });
+    t.equal(memory.numaPolicyAt(0), 'default');
+    memory.setNumaPolicy({ mode: 'bind', nodes: [0] }, { offset: 2 * P, size: 2 * P });
+    memory.setNumaPolicy({ mode: 'interleave', nodes: [0] }, { offset: 6 * P, size: P });
+    t.same(
+      [0, 1, 2, 3, 4, 6, 7].map((page) => memory.numaPolicyAt(page * P + 1)),
+      ['default', 'default', 'bind', 'bind', 'default', 'interleave', 'default'],
+    );
+    memory.bytes().fill(1);
+    memory.setNumaPolicy({ mode: 'local' });
+    t.equal(memory.numaPolicyAt(8 * P - 1), 'local');
+    memory.setNumaPolicy({ mode: 'default' });
+    refused(t, () => memory.setNumaPolicy({ mode: 'bind', nodes: [999] }), 'EINVAL', 'NUMA node 999', 'online');
+    t.equal(memory.numaPolicyAt(0), 'default', 'and nothing has changed');
+    refused(t, () => memory.setNumaPolicy({ mode: 'bind' }), 'ERR_OUT_OF_RANGE', 'nodes');
+    refused(t, () => memory.setNumaPolicy({ mode: 'local', nodes: [0] }), 'ERR_OUT_OF_RANGE', 'names no nodes');
+    refused(t, () => memory.setNumaPolicy({ mode: 'preferred', nodes: [0, 1] }), 'ERR_OUT_OF_RANGE', 'one node');
+    refused(t, () => memory.setNumaPolicy({ mode: 'bind', nodes: [1024] }), 'ERR_OUT_OF_RANGE', 'nodes[0]');
+    refused(t, () => memory.setNumaPolicy({ mode: 'near' as 'bind' }), 'ERR_OUT_OF_RANGE', 'policy.mode');
+    refused(
+      t,
+      () => memory.setNumaPolicy({ mode: 'local' }, { offset: 1, size: P }),
+      'ERR_OUT_OF_RANGE',
+      'whole pages',
+    );
+    refused(t, () => memory.numaPolicyAt(8 * P), 'ERR_OUT_OF_RANGE', 'offset');
+  }
+  t.notOk(vm.closed);
+});
+
+await everywhere(t, 'seed 3.10: a guest_memfd keeps its policy since Linux 6.19', (t, { kvm, vm, P, shared }) => {
+  if (!vm.capabilities.guestMemfdInitShared) return;
+  const [major = 0, minor = 0] = kvm.kernelRelease.split('.').map((part) => Number.parseInt(part, 10));
+  const file = shared(8);
+  const set = () => file.setNumaPolicy({ mode: 'bind', nodes: [0] }, { offset: 2 * P, size: 2 * P });
+  if (major > 6 || (major === 6 && minor >= 19)) {
+    set();
+    t.same(
+      [1, 2, 3, 4].map((page) => file.numaPolicyAt(page * P)),
+      ['default', 'bind', 'bind', 'default'],
+    );
+    file.allocate();
+    refused(t, () => file.setNumaPolicy({ mode: 'bind', nodes: [999] }), 'EINVAL', 'NUMA node 999');
+    refused(t, () => file.setNumaPolicy({ mode: 'local' }, { offset: 1, size: P }), 'EINVAL', 'begin at a page');
+    file.setNumaPolicy({ mode: 'default' });
+    t.equal(file.numaPolicyAt(2 * P), 'default');
+  } else {
+    refused(t, set, 'UNSUPPORTED', 'Linux 6.19');
+    refused(t, () => file.numaPolicyAt(0), 'UNSUPPORTED', 'Linux 6.19');
+  }
+  const closed = vm.createGuestMemfd({ size: P });
+  refused(t, () => closed.setNumaPolicy({ mode: 'local' }), 'UNSUPPORTED', 'mmap: true');
+});
+
+await everywhere(t, 'seed 3.2: secret memory is the host’s alone, and out of the kernel’s reach', (t, world) => {
+  const { backend, kvm, vm, P } = world;
+  const kernel = backend.model ? softwareKernel(backend.model) : linuxKernel();
+  const fd = kernel.memfdSecret(O_CLOEXEC);
+  if (fd >= 0) kernel.close(fd);
+  const create = () => kvm.createHostMemory({ size: 4 * P, kind: 'secret' });
+  if (fd < 0) {
+    refused(t, create, 'UNSUPPORTED', 'memfd_secret', 'CONFIG_SECRETMEM', 'Linux 5.14');
+    return;
+  }
+  const memory = create();
+  t.match(memory, { kind: 'secret', size: 4 * P });
+  t.equal(memory.residentBytes(), 0);
+  const bytes = memory.bytes();
+  bytes.set([1, 2, 3], P);
+  t.equal(memory.residentBytes(), P);
+  t.same([...memory.bytes({ offset: P, size: 3 })], [1, 2, 3]);
+  if (!backend.model) {
+    // What reads the memory of a process for others, and would of any other page.
+    using plain = kvm.createHostMemory({ size: P });
+    plain.bytes()[0] = 7;
+    const self = openSync('/proc/self/mem', 'r');
+    t.equal(readSync(self, new Uint8Array(1), 0, 1, plain.address), 1);
+    t.throws(() => readSync(self, new Uint8Array(1), 0, 1, memory.address + BigInt(P)), /EIO|EFAULT/);
+    closeSync(self);
+  }
+  refused(t, () => vm.createMemslot({ address: 0, size: P, hostMemory: memory }), 'EINVAL', 'host alone');
+  refused(t, () => memory.discard({ offset: 0, size: P }), 'UNSUPPORTED', 'close()');
+  memory.setNumaPolicy({ mode: 'bind', nodes: [0] });
+  t.same([...bytes.subarray(P, P + 3)], [1, 2, 3]);
+  memory.close();
+  t.equal(bytes.length, 0, 'close() detaches the views; the kernel zeroes the pages');
+  refused(t, () => memory.bytes(), 'ERR_CLOSED');
+});
+
+await everywhere(t, 'seed 3.2: secret memory at the boundary', (t, { backend }) => {
+  const kernel = backend.model ? softwareKernel(backend.model) : linuxKernel();
+  const P = kernel.pageSize;
+  const fd = kernel.memfdSecret(O_CLOEXEC);
+  if (fd === -ERRNO.ENOSYS) {
+    t.equal(kernel.memfdSecret(7), -ERRNO.ENOSYS);
+    return;
+  }
+  const name = (result: number) => (result < 0 ? errnoName(result) : 'ok');
+  const eight = new Uint8Array(8);
+  const map = (flags: number, prot = PROT_READ | PROT_WRITE) =>
+    kernel.mmap({ length: 4 * P, prot, flags, fd, offset: 0 });
+  const answers = {
+    flags: name(kernel.memfdSecret(7)),
+    read: name(kernel.read(fd, eight)),
+    write: name(kernel.write(fd, eight)),
+    pread: name(kernel.pread(fd, eight, 0)),
+    pwrite: name(kernel.pwrite(fd, eight, 0)),
+    lseek: name(kernel.lseek(fd, 0, 0)),
+    allocate: name(kernel.fallocate(fd, 1, 0, P)),
+    punch: name(kernel.fallocate(fd, 3, 0, P)),
+    fsync: name(kernel.fsync(fd)),
+    seals: name(kernel.fcntl(fd, F_GET_SEALS, 0)),
+    size: name(kernel.ftruncate(fd, 4 * P)),
+    shorter: name(kernel.ftruncate(fd, 2 * P)),
+    same: name(kernel.ftruncate(fd, 4 * P)),
+    private: name(map(MAP_PRIVATE)),
+    executable: name(map(MAP_SHARED, PROT_READ | PROT_EXEC)),
+  };
+  t.same(answers, {
+    flags: 'EINVAL',
+    read: 'EINVAL',
+    write: 'EINVAL',
+    pread: 'ESPIPE',
+    pwrite: 'ESPIPE',
+    lseek: 'ESPIPE',
+    allocate: 'EOPNOTSUPP',
+    punch: 'EOPNOTSUPP',
+    fsync: 'EINVAL',
+    seals: 'EINVAL',
+    size: 'ok',
+    shorter: 'EINVAL',
+    same: 'EINVAL',
+    private: 'EINVAL',
+    executable: 'EPERM',
+  });
+  const mapping = map(MAP_SHARED);
+  kernel.window(mapping, 0, P)[0] = 5;
+  const residency = new Uint8Array(4);
+  kernel.mincore(mapping, 0, 4 * P, residency);
+  t.same(
+    [...residency].map((byte) => byte & 1),
+    [1, 0, 0, 0],
+  );
+  t.same(
+    [
+      kernel.peek(mapping, 0, eight),
+      kernel.poke(mapping, 0, eight),
+      kernel.madvise(mapping, 0, P, MADV_DONTNEED),
+      kernel.madvise(mapping, 0, P, MADV_REMOVE),
+      kernel.madvise(mapping, 0, P, MADV_POPULATE_READ),
+      kernel.madvise(mapping, 0, P, MADV_PAGEOUT),
+      kernel.mlock(mapping, 0, P),
+      kernel.munlock(mapping, 0, P),
+      kernel.msync(mapping, 0, P, MS_SYNC),
+    ].map(name),
+    ['EFAULT', 'EFAULT', 'EINVAL', 'EINVAL', 'EINVAL', 'EINVAL', 'ENOMEM', 'ok', 'EINVAL'],
+  );
+  kernel.munmap(mapping);
+  kernel.close(fd);
 });
 
 await everywhere(t, 'sizes', (t, { kvm, P }) => {

@@ -272,6 +272,15 @@ await everywhere(t, 'closing a Kvm closes everything', (t, { kvm, vm, P, host, s
     'slot.setLogDirtyPages': () => slot.setLogDirtyPages(true),
     'slot.dirtyPages': () => slot.dirtyPages(),
     'slot.clearDirtyPages': () => slot.clearDirtyPages(),
+    'slot.lock': () => slot.lock('read'),
+    'slot.unlock': () => slot.unlock(),
+    'slot.residentBytes': () => slot.residentBytes(),
+    'vm.unlockAll': () => vm.unlockAll(),
+    'vm.statistics': () => vm.statistics(),
+    'host.setNumaPolicy': () => memory.setNumaPolicy({ mode: 'local' }),
+    'host.numaPolicyAt': () => memory.numaPolicyAt(0),
+    'file.setNumaPolicy': () => file.setNumaPolicy({ mode: 'local' }),
+    'file.numaPolicyAt': () => file.numaPolicyAt(0),
   };
   for (const [name, call] of Object.entries(calls)) {
     const error = errorOf(call);

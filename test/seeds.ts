@@ -47,6 +47,20 @@ const rows: readonly Row[] = [
   { id: '2.9', behaviour: 'the grant ring' },
   { id: '2.10', behaviour: 'what each I/O scheme costs' },
   { id: '2.11', behaviour: 'several backings behind one interface' },
+  { id: '3.2', behaviour: 'out of the kernel’s direct map' },
+  { id: '3.10', behaviour: 'NUMA placement per range', cases: ['99', '100', '101'] },
+  { id: '4.1', behaviour: 'lock or unlock is one of two flags' },
+  { id: '4.2', behaviour: 'a lock names its rights' },
+  { id: '4.3', behaviour: 'the slot has to be there' },
+  { id: '4.4', behaviour: 'EBUSY while a vCPU runs' },
+  { id: '4.5', behaviour: 'EPERM to write where nothing is for writing' },
+  { id: '4.6', behaviour: 'the whole range is mapped, with these rights' },
+  { id: '4.7', behaviour: 'charged to RLIMIT_MEMLOCK' },
+  { id: '4.8', behaviour: 'after a lock no stage-2 fault follows' },
+  { id: '4.9', behaviour: 'unlock leaves the guest mapping alone' },
+  { id: '4.10', behaviour: 'rights bind the lock, not the guest' },
+  { id: '4.11', behaviour: 'a locked slot stays until unlocked' },
+  { id: '4.12', behaviour: 'unlock-all releases every slot' },
 ];
 
 /** Where a row was shown, and how often. */

@@ -1,5 +1,6 @@
 // A VM on several threads: Vm.attach, and a vCPU on a worker of its own.
 import { once } from 'node:events';
+import { setTimeout as pause } from 'node:timers/promises';
 import { Worker } from 'node:worker_threads';
 import t, { type Test } from 'tap';
 import { type Exit, Kvm, type KvmError, MiB, VcpuWorker, type VcpuWorkerOptions, Vm } from '../lib/index.ts';
@@ -354,6 +355,32 @@ t.test('a run ends when it is kicked, and when its time is over', async (t) => {
     },
     { timeout },
   );
+});
+
+t.test('a run on another thread keeps memslots from being locked', async (t) => {
+  await withWorker(t, 'seed 4.4: a lock', endless, 'pass', async (t, worker, { vm }, { model }) => {
+    const [slot] = vm.memslots.values();
+    if (!slot) throw new Error('the guest has no memory');
+    if (!model) {
+      const running = worker.next();
+      // The other thread takes its time to begin.
+      let error: KvmError | null = null;
+      while (!error) {
+        try {
+          slot.lock('read');
+          slot.unlock();
+          await pause(1);
+        } catch (refusal) {
+          error = refusal as KvmError;
+        }
+      }
+      t.match(error, { code: 'EBUSY', message: /a vCPU runs/ });
+      worker.kick();
+      await running;
+    }
+    t.equal(slot.lock('read').rights, 'read');
+    slot.unlock();
+  });
 });
 
 t.test('closing ends a run, from either side', async (t) => {

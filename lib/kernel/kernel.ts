@@ -136,6 +136,8 @@ export interface Kernel {
   ): Result;
 
   createVcpu(vm: number, id: number): Result;
+  /** How many vCPUs of the VM run now, on whatever thread of this process. */
+  runningVcpus(vm: number): Result;
   /** KVM_CREATE_IRQCHIP (x86). */
   createIrqchip(vm: number): Result;
   /** KVM_IRQ_LINE: `irq` and `level` of struct kvm_irq_level. */
@@ -183,6 +185,9 @@ export interface Kernel {
    */
   ioctlStruct(fd: number, request: number, data: Uint8Array): Result;
 
+  /** KVM_GET_STATS_FD, on a VM or a vCPU fd, Linux 5.14: a file that pread(2) reads statistics from. */
+  getStatsFd(fd: number): Result;
+
   // ── devices in the kernel, and what they signal
   /** KVM_CREATE_DEVICE: its fd; 0 with KVM_CREATE_DEVICE_TEST. */
   createDevice(vm: number, type: number, flags: number): Result;
@@ -210,6 +215,8 @@ export interface Kernel {
   pwrite(fd: number, source: Uint8Array, offset: U64): Result;
   lseek(fd: number, offset: U64, whence: number): Result;
   memfdCreate(name: string, flags: number): Result;
+  /** memfd_secret(2), Linux 5.14: a file whose pages are in nobody's page tables but those of processes that map it. */
+  memfdSecret(flags: number): Result;
   fcntlGetFd(fd: number): Result;
   /** fcntl(2) with F_GETFD, F_SETFD, F_GETFL, F_ADD_SEALS or F_GET_SEALS; any other command is EINVAL. */
   fcntl(fd: number, command: number, argument: number): Result;
@@ -230,7 +237,11 @@ export interface Kernel {
   /** The same call on a thread of its own; the mapping stays until it ends. */
   madviseAsync(mapping: number, offset: U64, length: U64, advice: number): Promise<Result>;
   mlock(mapping: number, offset: U64, length: U64): Result;
+  /** With MLOCK_ONFAULT (1) pages stay from their first touch on, and are not touched now. Linux 4.4. */
+  mlock2(mapping: number, offset: U64, length: U64, flags: number): Result;
   munlock(mapping: number, offset: U64, length: U64): Result;
+  /** getrlimit(2) of this process: soft and hard, 2^64-1 for none. */
+  getrlimit(resource: number, limit: { cur?: bigint; max?: bigint }): Result;
   msync(mapping: number, offset: U64, length: U64, flags: number): Result;
   mbind(mapping: number, offset: U64, length: U64, policy: number, nodes: readonly number[]): Result;
   /** get_mempolicy(2) with MPOL_F_ADDR: the policy of the page at `offset`. */

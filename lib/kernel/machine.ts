@@ -6,7 +6,7 @@ import {
   KVM_CAP_PROPOSED,
   SET_MEMORY_ATTRIBUTES2_FLAGS,
 } from '../uapi_proposed.ts';
-import { boolean, rangeError, shown } from '../validate.ts';
+import { boolean, integer, rangeError, shown } from '../validate.ts';
 import { modelledProposals } from './proposals.ts';
 
 /** The kernel and the hardware a rule is about: which build, which version, which limits. Contract §3, §4, §19. */
@@ -22,6 +22,8 @@ export class Machine {
   readonly smm: boolean;
   /** Interfaces it has before their time; a real kernel is never said to have any. */
   readonly proposals: ReadonlySet<Proposal>;
+  /** Bytes; Infinity for none. */
+  readonly lockLimit: number;
   readonly #version: number;
   readonly #physicalAddressBits: number | undefined;
   readonly #userAddressBits: number | undefined;
@@ -37,6 +39,7 @@ export class Machine {
     physicalAddressBits?: number | undefined;
     userAddressBits?: number | undefined;
     proposals?: ReadonlySet<Proposal>;
+    lockLimit?: number | undefined;
   }) {
     this.arch = options.arch;
     this.release = options.release;
@@ -48,6 +51,7 @@ export class Machine {
     this.#physicalAddressBits = options.physicalAddressBits;
     this.#userAddressBits = options.userAddressBits;
     this.proposals = options.proposals ?? new Set();
+    this.lockLimit = options.lockLimit ?? Number.POSITIVE_INFINITY;
     this.#version = versionNumber(options.release);
   }
 
@@ -62,6 +66,7 @@ export class Machine {
       swProtected = tdp && arch === 'x86_64',
       physicalAddressBits,
       userAddressBits,
+      lockLimit,
     } = options;
     const pageSizes = arch === 'x86_64' ? [4096] : [4096, 16384, 65536];
     const refuse = (what: string): never => {
@@ -80,6 +85,7 @@ export class Machine {
       const fits = bits === undefined || (Number.isInteger(bits) && bits >= 32 && bits <= 57);
       if (!fits) refuse(`${name} is between 32 and 57, not ${shown(bits)}`);
     }
+    if (lockLimit !== undefined) integer('model.lockLimit', lockLimit);
     const proposed = modelledProposals(options.proposals ?? []);
     if (proposed.size > 0 && kernel !== kernelVersions.at(-1))
       refuse(`proposals are made for the newest kernel, ${kernelVersions.at(-1)}, not for ${kernel}`);
@@ -93,6 +99,7 @@ export class Machine {
       smm,
       physicalAddressBits,
       userAddressBits,
+      lockLimit,
       proposals: proposed,
     });
   }
@@ -209,6 +216,8 @@ export function checkExtension(machine: Machine, capability: number, vm?: VmKind
       return conversionAttributes(machine, vm) && SET_MEMORY_ATTRIBUTES2_FLAGS;
     case KVM_CAP_PROPOSED.GRANT_RING:
       return machine.proposals.has('grant-ring') && conversionAttributes(machine, vm) ? GRANT_RING_ENTRIES : 0;
+    case KVM_CAP_PROPOSED.ARM_LOCK_USER_MEMORY_REGION:
+      return machine.proposals.has('memslot-lock') ? 1 : 0;
     default:
       return 0;
   }

@@ -16,7 +16,19 @@ import { conversionAttributes, type Machine } from './machine.ts';
  */
 
 /** 'path' is an O_PATH fd. */
-export type FileKind = 'kvm' | 'vm' | 'vcpu' | 'gmem' | 'file' | 'epoll' | 'uffd' | 'path' | 'device' | 'eventfd';
+export type FileKind =
+  | 'kvm'
+  | 'vm'
+  | 'vcpu'
+  | 'gmem'
+  | 'file'
+  | 'epoll'
+  | 'uffd'
+  | 'path'
+  | 'device'
+  | 'eventfd'
+  | 'stats'
+  | 'secret';
 
 /** An open file description: what fds, their duplicates and mappings refer to. */
 export class OpenFile {
@@ -55,6 +67,8 @@ export interface MemslotState {
   readonly gmemOnly: boolean;
   /** Pages written since the log was read, relative to the slot; null without LOG_DIRTY. */
   dirty: RangeMap<true> | null;
+  /** KVM_LOCK_MEM_READ and _WRITE, as proposed; 0 when it is not locked. */
+  locked: number;
   /** Pages the guest's CPUs have mapped, relative to the slot; null before the first. */
   mapped: RangeMap<true> | null;
 }
@@ -91,6 +105,8 @@ export class VmFile extends OpenFile {
   /** Ids of the vCPUs created so far, and of those that were there when one ran for the first time. */
   readonly vcpuIds = new Set<number>();
   firstRun: ReadonlySet<number> | null = null;
+  /** Pages of its locked slots. */
+  lockedPages = 0;
   readonly #slots: readonly Map<number, MemslotState>[];
   readonly #gfns: readonly RangeMap<MemslotState>[];
 
@@ -123,6 +139,11 @@ export class VmFile extends OpenFile {
 
   get hasSlots(): boolean {
     return this.#slots.some((slots) => slots.size > 0);
+  }
+
+  /** Every slot, of every address space. */
+  *slots(): Generator<MemslotState> {
+    for (const slots of this.#slots) yield* slots.values();
   }
 
   /** A slot of the address space, other than `except`, that covers any of these gfns. */
@@ -167,6 +188,7 @@ export class VmFile extends OpenFile {
       pgoff: guestMemfd ? toPages(request.guestMemfdOffset, pageSize) : 0,
       gmemOnly: ((guestMemfd?.flags ?? 0) & GUEST_MEMFD_FLAG_MMAP) !== 0,
       dirty: this.#newDirtyLog(request.flags, pages),
+      locked: 0,
       mapped: null,
     };
     slots.set(request.id, slot);
@@ -179,6 +201,10 @@ export class VmFile extends OpenFile {
     const end = start + toPages(size, this.machine.pageSize);
     if (attributes) this.attributes.set(start, end, true);
     else this.attributes.delete(start, end);
+  }
+
+  protected override released(): void {
+    this.lockedPages = 0;
   }
 
   #newDirtyLog(flags: number, pages: number): RangeMap<true> | null {

@@ -31,6 +31,7 @@ const reasons: Readonly<Record<string, Why>> = {
   'enableCap exit-hypercall': arm,
   'enableCap ring-bitmap': x86,
   'mmap mmap-fixed': boundary,
+  'mmap secret-private': () => 'no random program makes secret memory: test/host_memory.test.ts does',
 };
 
 const withoutAttributes: Why = ({ swProtected }) => !swProtected && 'this kernel has no attributes';

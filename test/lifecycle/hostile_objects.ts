@@ -125,7 +125,15 @@ const methods: readonly Method[] = [
       {
         backend: 'software',
         device: '/dev/kvm',
-        model: { arch: 'x86_64', kernel: '7.3', pageSize: 4096, swProtected: true, tdp: true, pkvm: false },
+        model: {
+          arch: 'x86_64',
+          kernel: '7.3',
+          pageSize: 4096,
+          swProtected: true,
+          tdp: true,
+          pkvm: false,
+          lockLimit: 2 ** 30,
+        },
       },
     ],
   },
@@ -153,6 +161,11 @@ const methods: readonly Method[] = [
     ({ kvm }) => kvm,
     'createHostMemory',
     ({ P }) => [{ size: P, kind: 'file', path: SCRATCH }],
+  ),
+  method(
+    ({ kvm }) => kvm,
+    'createHostMemory',
+    ({ P }) => [{ size: P, kind: 'secret' }],
   ),
   method(
     ({ kvm }) => kvm,
@@ -218,6 +231,9 @@ const methods: readonly Method[] = [
     (world) => [range(world), 'shared', convertOptions(world)],
   ),
   method(({ vm }) => vm, 'describe'),
+  method(({ vm }) => vm, 'unlockAll'),
+  method(({ vm }) => vm, 'statistics'),
+  method(({ vcpu }) => vcpu, 'statistics'),
   method(
     ({ vm }) => vm,
     'addMemoryUser',
@@ -274,6 +290,18 @@ const methods: readonly Method[] = [
     'clearDirtyPages',
     (world) => [page(world)],
   ),
+  method(
+    ({ slot }) => slot,
+    'lock',
+    () => ['read'],
+  ),
+  method(
+    ({ vm }) => vm.memslots.get(1) as Memslot,
+    'lock',
+    () => ['read-write'],
+  ),
+  method(({ slot }) => slot, 'unlock'),
+  method(({ slot }) => slot, 'residentBytes'),
   method(({ slot }) => slot, 'remove'),
   ...(['allocate', 'punchHole', 'bytes', 'residentBytes', 'pin'] as const).map((name) =>
     method(
@@ -282,6 +310,13 @@ const methods: readonly Method[] = [
       (world) => [page(world)],
     ),
   ),
+  ...[({ file }: World) => file, ({ host }: World) => host].flatMap((target) => [
+    method(target as (world: World) => HostMemory, 'setNumaPolicy', (world) => [
+      { mode: 'bind', nodes: [0] },
+      page(world),
+    ]),
+    method(target as (world: World) => HostMemory, 'numaPolicyAt', () => [0]),
+  ]),
   method(({ file }) => file, 'close'),
   ...(['discard', 'bytes', 'residentBytes'] as const).map((name) =>
     method(

@@ -10,9 +10,15 @@ import { type RunOptions, resultsOf, runInMachine } from './run.ts';
 /** These ask no kernel, or only print what others test: the host has run them. The rest leaves its software kernels out, see test/pace.ts. */
 const leftOut = [
   ...['conformance/software', 'ranges', 'cli', 'experiments', 'conversion_in_place'],
-  ...['grant_ring', 'guest_seal', 'in_place_protocol', 'large_folios', 'special_mapping', 'write_population'].map(
-    (name) => `proposals/${name}`,
-  ),
+  ...[
+    'grant_ring',
+    'guest_seal',
+    'in_place_protocol',
+    'large_folios',
+    'memslot_lock',
+    'special_mapping',
+    'write_population',
+  ].map((name) => `proposals/${name}`),
 ].map((name) => `dist/test/${name}.test.js`);
 /** Long ones first: two run at a time. */
 const first = ['conformance/linux', 'lifecycle/load', 'lifecycle.test', 'hostile', 'agent'];

@@ -21,6 +21,9 @@ export interface Addon {
   open(path: string): number; // [flags, mode]
   createVm(): number; // [kvm, type]
 
+  getStatsFd(): number; // [fd]; of a VM or a vCPU
+  getrlimit(): number; // [resource] → [soft, hard]
+
   // ── VM fds
   createGuestMemfd(): number; // [vm, size, flags]; sets FD_CLOEXEC
   setUserMemoryRegion(): number; // [vm, slot, flags, guestPhysAddr, memorySize, userspaceAddr]
@@ -65,6 +68,7 @@ export interface Addon {
   pwrite(source: Uint8Array): number; // [fd, offset]
   lseek(): number; // [fd, offset, whence]
   memfdCreate(name: string): number; // [flags]
+  memfdSecret(): number; // [flags]
   fcntl(): number; // [fd, cmd, argument]
   poll(): number; // [fd, events]; the returned events, POLLNVAL among them
   epollCreate1(): number; // [flags]
@@ -81,6 +85,7 @@ export interface Addon {
   madvise(): number; // [mapping, offset, length, advice]
   madviseAsync(): Promise<number>; // the same
   mlock(): number; // [mapping, offset, length]
+  mlock2(): number; // [mapping, offset, length, flags]
   munlock(): number; // [mapping, offset, length]
   msync(): number; // [mapping, offset, length, flags]
   mbind(): number; // [mapping, offset, length, policy, maxnode, mask…]; maxnode 0 is a NULL mask
@@ -99,6 +104,7 @@ export interface Addon {
   shareFile(): number; // [fd]
   takeFile(): number; // [share]
   isShared(): number; // [share]; 1 or 0
+  countRunningElsewhere(): number; // [vm]; vCPUs of a shared VM that other threads run now
   shareMapping(): number; // [mapping]
   takeMapping(): number; // [share] → [length]
 

@@ -326,6 +326,11 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
     return this.opened(this.native.memfdCreate(text('name', name)), () => new OpenFile('file'));
   }
 
+  memfdSecret(flags: number): Result {
+    this.command.i32(0, u32('flags', flags));
+    return this.opened(this.native.memfdSecret(), () => new OpenFile('secret'));
+  }
+
   fcntlGetFd(fd: number): Result {
     return this.fcntl(fd, F_GETFD, 0);
   }
@@ -415,6 +420,20 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
     return this.answer(this.native.mlock());
   }
 
+  mlock2(mapping: number, offset: U64, length: U64, flags: number): Result {
+    this.#range(mapping, offset, length).i32(3, u32('flags', flags));
+    return this.answer(this.native.mlock2());
+  }
+
+  getrlimit(resource: number, limit: { cur?: bigint; max?: bigint }): Result {
+    this.command.i32(0, i32('resource', resource));
+    const result = this.native.getrlimit();
+    if (result < 0) return this.answer(result);
+    limit.cur = this.command.result(0);
+    limit.max = this.command.result(1);
+    return result;
+  }
+
   munlock(mapping: number, offset: U64, length: U64): Result {
     this.#range(mapping, offset, length);
     return this.answer(this.native.munlock());
@@ -466,11 +485,13 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
   }
 
   peek(mapping: number, offset: U64, target: Uint8Array): Result {
+    if (this.#isSecret(mapping)) return this.answer(-ERRNO.EFAULT);
     this.command.u64(0, i32('mapping', mapping) >>> 0).u64(1, u64('offset', offset));
     return this.answer(this.native.peek(bytes('target', target)));
   }
 
   poke(mapping: number, offset: U64, source: Uint8Array): Result {
+    if (this.#isSecret(mapping)) return this.answer(-ERRNO.EFAULT);
     this.command.u64(0, i32('mapping', mapping) >>> 0).u64(1, u64('offset', offset));
     return this.answer(this.native.poke(bytes('source', source)));
   }
@@ -537,6 +558,11 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
   }
 
   // ── what the calls share
+
+  /** The kernel copies none of it for anybody, and one way of copying should not differ from another. */
+  #isSecret(mapping: number): boolean {
+    return this.#mappings[i32('mapping', mapping)]?.file?.kind === 'secret';
+  }
 
   #range(mapping: number, offset: U64, length: U64): Command {
     return this.command

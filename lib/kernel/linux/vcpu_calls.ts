@@ -39,6 +39,9 @@ class VcpuFile extends OpenFile {
 
 /** The calls on vCPUs, and those that take a struct of plain data. */
 export abstract class VcpuCalls extends LinuxCalls {
+  /** By runAsync, on threads of their own. */
+  readonly #running = new Set<VcpuFile>();
+
   createVcpu(vm: number, id: number): Result {
     const number = u32('id', id);
     const owner = this.files.vm(vm);
@@ -46,6 +49,22 @@ export abstract class VcpuCalls extends LinuxCalls {
     const fd = this.native.createVcpu();
     if (fd >= 0) owner?.vcpuIds.add(number);
     return this.opened(fd, () => new VcpuFile(owner, number));
+  }
+
+  runningVcpus(vm: number): Result {
+    const owner = this.files.vm(i32('vm', vm));
+    const kind = this.files.get(vm)?.kind;
+    // As for any other request of a VM. Contract §2.
+    const wrong = kind === 'kvm' || kind === 'vcpu' ? ERRNO.EINVAL : kind ? ERRNO.ENOTTY : ERRNO.EBADF;
+    if (kind !== 'vm') return this.answer(-wrong);
+    this.command.i32(0, vm);
+    const own = [...this.#running].filter((file) => owner && file.vm === owner).length;
+    return own + this.native.countRunningElsewhere();
+  }
+
+  getStatsFd(fd: number): Result {
+    this.command.i32(0, this.own(fd));
+    return this.opened(this.native.getStatsFd(), () => new OpenFile('stats'));
   }
 
   createIrqchip(vm: number): Result {
@@ -64,7 +83,13 @@ export abstract class VcpuCalls extends LinuxCalls {
 
   async runAsync(vcpu: number, deadline: number): Promise<Result> {
     const file = this.#runCommand(vcpu, deadline);
-    return this.#ran(file, await this.native.runAsync());
+    const first = file instanceof VcpuFile && !this.#running.has(file) ? file : null;
+    if (first) this.#running.add(first);
+    try {
+      return this.#ran(file, await this.native.runAsync());
+    } finally {
+      if (first) this.#running.delete(first);
+    }
   }
 
   deadlinePassed(vcpu: number): boolean {

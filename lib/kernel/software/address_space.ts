@@ -29,6 +29,7 @@ import {
 } from '../../uapi.ts';
 import type { Result } from '../kernel.ts';
 import type { Machine } from '../machine.ts';
+import type { VmFile } from '../state.ts';
 import { copyMapping, type MappedFile, Mapping } from './mapping.ts';
 import type { PageStore } from './page_store.ts';
 
@@ -51,6 +52,7 @@ export class AddressSpace {
   readonly #addresses = new RangeMap<Mapping>();
   /** Where the bytes of a window's buffer lie in the mapping's store. */
   readonly #buffers = new WeakMap<ArrayBufferLike, { mapping: Mapping; shift: number }>();
+  readonly #lockingVms = new Set<VmFile>();
   #next: number;
 
   constructor(machine: Machine) {
@@ -70,6 +72,7 @@ export class AddressSpace {
     const address = BigInt(first) * BigInt(pageSize);
     const mapping = new Mapping(address, pages, shared, file, pgoff, pageSize, prot, yields);
     this.#addresses.set(first, first + pages, mapping);
+    if (mapping.secret) mapping.locked.set(0, pages, true);
     const handle = this.#free.pop() ?? this.#mappings.length;
     this.#mappings[handle] = mapping;
     return handle;
@@ -150,6 +153,7 @@ export class AddressSpace {
     switch (advice) {
       case MADV_DONTNEED:
       case MADV_DONTNEED_LOCKED:
+        if (mapping.shared) store.unmap(pgoff + start, pgoff + (advice === MADV_DONTNEED ? unlocked : end));
         if (!mapping.shared) store.discard(pgoff + start, pgoff + (advice === MADV_DONTNEED ? unlocked : end));
         mapping.faulted?.delete(pgoff + start, pgoff + (advice === MADV_DONTNEED ? unlocked : end));
         return advice === MADV_DONTNEED && unlocked < end ? -ERRNO.EINVAL : 0;
@@ -171,6 +175,7 @@ export class AddressSpace {
         return gmem || !this.#hasHugePage(mapping, start, end) ? -ERRNO.EINVAL : 0;
       case MADV_POPULATE_READ:
       case MADV_POPULATE_WRITE: {
+        if (mapping.secret) return -ERRNO.EINVAL;
         const prot = advice === MADV_POPULATE_READ ? PROT_READ : PROT_WRITE;
         const refused = [...mapping.protection.within(start, end)].find((range) => (range.value & prot) !== prot);
         const permitted = refused?.start ?? end;
@@ -199,9 +204,33 @@ export class AddressSpace {
     return Math.ceil(first / pages) * pages + pages <= first + end - start;
   }
 
-  lock(mapping: Mapping, start: number, end: number): Result {
+  /** @param onFault Touches nothing. */
+  lock(mapping: Mapping, start: number, end: number, onFault = false): Result {
+    if (this.#machine.lockLimit === 0) return -ERRNO.EPERM;
+    if (!this.mayLock(end - start - mapping.locked.lengthWithin(start, end))) return -ERRNO.ENOMEM;
     mapping.locked.set(start, end, true);
-    return this.populate(mapping, start, end, PROT_READ) ? 0 : -ERRNO.ENOMEM;
+    if (mapping.secret) return -ERRNO.ENOMEM;
+    return onFault || this.populate(mapping, start, end, PROT_READ) ? 0 : -ERRNO.ENOMEM;
+  }
+
+  /** Whether RLIMIT_MEMLOCK leaves room for so many pages more. */
+  mayLock(pages: number): boolean {
+    const { lockLimit, pageSize } = this.#machine;
+    return lockLimit === Number.POSITIVE_INFINITY || (this.lockedPages + pages) * pageSize <= lockLimit;
+  }
+
+  /** Pages that count as locked, by this process and by its VMs. */
+  get lockedPages(): number {
+    let pages = 0;
+    for (const vm of this.#lockingVms) pages += vm.lockedPages;
+    for (const mapping of this.#mappings) pages += mapping?.locked.lengthWithin(0, mapping.pages) ?? 0;
+    return pages;
+  }
+
+  /** A VM that locks pages of this process, for as long as it is there. */
+  countLocks(vm: VmFile): void {
+    for (const other of this.#lockingVms) if (other.lockedPages === 0) this.#lockingVms.delete(other);
+    this.#lockingVms.add(vm);
   }
 
   residency(mapping: Mapping, start: number, end: number, target: Uint8Array): void {
@@ -289,6 +318,8 @@ export class AddressSpace {
     copy: (at: number, length: number) => void,
   ): Result {
     if (length === 0) return 0;
+    // No kernel copies it for anybody.
+    if (mapping.secret) return -ERRNO.EFAULT;
     const { pageSize } = this.#machine;
     const page = Math.floor(offset / pageSize);
     const reach = (page + mapping.accessible(page, Math.ceil((offset + length) / pageSize), prot)) * pageSize - offset;

@@ -29,7 +29,7 @@ import { type GuestMemfdIo, transferRules } from './guest_memfd_io.ts';
 import { guestFileFallocateRules, guestFileRules, guestSealRules } from './guest_seal_rules.ts';
 import { MemoryFile } from './memory_file.ts';
 import { SoftwareProcess } from './process.ts';
-import { EpollFile, EventFile, SoftwareGuestMemfd } from './software_files.ts';
+import { EpollFile, EventFile, SecretFile, SoftwareGuestMemfd, StatsFile } from './software_files.ts';
 
 const GUEST_MEMFD_MAGIC = 0x474d454d;
 const ANON_INODE_MAGIC = 0x09041934;
@@ -72,6 +72,9 @@ export abstract class FileCalls extends SoftwareProcess {
     }
     const refused = this.check(vfsFallocateRules, file, request);
     if (refused !== null) return refused;
+    if (file instanceof StatsFile) return this.refuse('EBADF', 'statistics can only be read');
+    if (file instanceof SecretFile)
+      return this.refuse('EOPNOTSUPP', 'secret memory is given back as a whole, by close');
     if (!(file instanceof MemoryFile)) return this.refuse('ENODEV', 'only regular files can be allocated');
     const sealed = this.check(guestFileFallocateRules, file, request);
     if (sealed !== null) return sealed;
@@ -93,6 +96,10 @@ export abstract class FileCalls extends SoftwareProcess {
     const size = u64('length', length);
     const file = this.file(i32('fd', fd));
     if (!file) return isNegative(size) ? this.refuse('EINVAL', 'the length is negative') : this.badFd(fd);
+    if (file instanceof SecretFile && file.size === 0 && !isNegative(size)) {
+      file.size = Number(size);
+      return 0;
+    }
     if (isNegative(size) || !(file instanceof MemoryFile))
       return this.refuse('EINVAL', 'the size of this file cannot change');
     const sealed = this.check(guestFileRules, file, 'cut');
@@ -104,7 +111,7 @@ export abstract class FileCalls extends SoftwareProcess {
     const file = this.files.get(i32('fd', fd));
     if (!file) return this.badFd(fd);
     const { pageSize } = this;
-    if (file instanceof SoftwareGuestMemfd) {
+    if (file instanceof SoftwareGuestMemfd || file instanceof SecretFile) {
       Object.assign(status, {
         mode: 0o100600,
         size: BigInt(file.size),
@@ -150,7 +157,7 @@ export abstract class FileCalls extends SoftwareProcess {
     if (!file) return this.badFd(fd);
     const pages = (value: U64, round: (n: number) => number): number => round(Number(value) / this.pageSize);
     const end = isZero(size) ? Number.MAX_SAFE_INTEGER : pages(Number(start) + Number(size), Math.ceil);
-    const stored = file instanceof SoftwareGuestMemfd || file instanceof MemoryFile;
+    const stored = file instanceof SoftwareGuestMemfd || file instanceof MemoryFile || file instanceof SecretFile;
     status.cache = stored ? file.store.residentPages(pages(start, Math.floor), end) : 0;
     status.dirty = status.writeback = status.evicted = status.recentlyEvicted = 0;
     return 0;
@@ -167,6 +174,7 @@ export abstract class FileCalls extends SoftwareProcess {
     const plain = bytes('target', target);
     const file = this.file(i32('fd', fd));
     if (file instanceof EventFile) return this.answer(file.read(plain));
+    if (file instanceof StatsFile) return this.#readStats(file, plain, null);
     return this.#transfer(fd, plain, false, null);
   }
 
@@ -174,11 +182,16 @@ export abstract class FileCalls extends SoftwareProcess {
     const plain = bytes('source', source);
     const file = this.file(i32('fd', fd));
     if (file instanceof EventFile) return this.answer(file.write(plain));
+    if (file instanceof StatsFile) return this.refuse('EBADF', 'statistics can only be read');
     return this.#transfer(fd, plain, true, null);
   }
 
   pread(fd: number, target: Uint8Array, offset: U64): Result {
-    return this.#transferAt(fd, bytes('target', target), false, offset);
+    const plain = bytes('target', target);
+    const file = this.file(i32('fd', fd));
+    const at = u64('offset', offset);
+    if (file instanceof StatsFile && !isNegative(at)) return this.#readStats(file, plain, Number(at));
+    return this.#transferAt(fd, plain, false, at);
   }
 
   pwrite(fd: number, source: Uint8Array, offset: U64): Result {
@@ -192,6 +205,8 @@ export abstract class FileCalls extends SoftwareProcess {
     if (i32('whence', whence) < 0 || whence > 4) return this.refuse('EINVAL', `there is no whence ${whence}`);
     const io = transferable(file);
     if (io) return this.answer(io.seek(Number(at), whence));
+    // Seeking there does nothing, and says where the next read is.
+    if (file instanceof StatsFile) return file.position;
     return file.kind === 'kvm' || file.kind === 'vm' || file.kind === 'vcpu'
       ? 0
       : this.refuse('ESPIPE', 'this file has no position');
@@ -206,6 +221,11 @@ export abstract class FileCalls extends SoftwareProcess {
     const file = (): MemoryFile =>
       new MemoryFile(this.pageSize, this.newIno(), { sealable: (wanted & MFD_ALLOW_SEALING) !== 0 });
     return this.install(file, (wanted & MFD_CLOEXEC) !== 0);
+  }
+
+  memfdSecret(flags: number): Result {
+    if (u32('flags', flags) & ~O_CLOEXEC) return this.refuse('EINVAL', 'memfd_secret knows only O_CLOEXEC');
+    return this.install(() => new SecretFile(this.pageSize, this.newIno()), (flags & O_CLOEXEC) !== 0);
   }
 
   fcntlGetFd(fd: number): Result {
@@ -224,9 +244,12 @@ export abstract class FileCalls extends SoftwareProcess {
         else this.inheritable.add(fd);
         return 0;
       case F_GETFL: {
+        if (file.kind === 'stats') return 0;
         const largeFile = this.machine.isArm ? 0x20000 : 0x8000;
         // What open(2) opened has it, and what behaves as if it had.
-        return file.kind === 'kvm' || file.kind === 'gmem' || file.kind === 'file' ? 2 | largeFile : 2;
+        return file.kind === 'kvm' || file.kind === 'gmem' || file.kind === 'file' || file.kind === 'secret'
+          ? 2 | largeFile
+          : 2;
       }
       case F_ADD_SEALS:
         if (file instanceof MemoryFile && value & F_SEAL_GUEST && this.machine.proposals.has('guest-seal'))
@@ -297,6 +320,14 @@ export abstract class FileCalls extends SoftwareProcess {
     return path === '/dev/kvm' || this.files.get(own)
       ? this.install(() => new OpenFile('path'), false)
       : this.refuse('ENOENT', `the software kernel names only its own files, not ${path}`);
+  }
+
+  #readStats(file: StatsFile, target: Uint8Array, at: number | null): Result {
+    if (this.memory.touchable(target) < target.length)
+      return this.refuse('EFAULT', 'the buffer lies in memory that cannot be touched');
+    const count = file.read(target, at ?? file.position);
+    if (at === null) file.position += count;
+    return count;
   }
 
   /** @param at null: at the file's position, which moves on. */

@@ -4,6 +4,7 @@ import type { MemslotState, VmFile } from '../state.ts';
 import type { AddressSpace } from './address_space.ts';
 import type { Access, GuestBus } from './executor.ts';
 import { SoftwareGuestMemfd } from './software_files.ts';
+import { type Place, Stage2 } from './stage2.ts';
 
 const OK: Access = { kind: 'ok' };
 
@@ -11,10 +12,14 @@ const OK: Access = { kind: 'ok' };
 export class SoftwareBus implements GuestBus {
   readonly #vm: VmFile;
   readonly #memory: AddressSpace;
+  readonly #stage2: Stage2;
+  /** Faults that it took to map a page, of accesses by the guest itself. */
+  faults = 0;
 
   constructor(vm: VmFile, memory: AddressSpace) {
     this.#vm = vm;
     this.#memory = memory;
+    this.#stage2 = Stage2.of(vm);
   }
 
   read(gpa: number, target: Uint8Array): Access & { readonly done: number } {
@@ -27,7 +32,10 @@ export class SoftwareBus implements GuestBus {
 
   /** Maps a page as KVM_PRE_FAULT_MEMORY does: a read of the kind that the attribute says. */
   preFault(gpa: number): Access {
-    return this.#page(gpa, new Uint8Array(1), false);
+    const { faults } = this;
+    const access = this.#page(gpa, new Uint8Array(1), false);
+    this.faults = faults;
+    return access;
   }
 
   #pages(gpa: number, bytes: Uint8Array, write: boolean): Access & { readonly done: number } {
@@ -74,6 +82,7 @@ export class SoftwareBus implements GuestBus {
     if (!(file instanceof SoftwareGuestMemfd)) return this.#fault(ERRNO.EFAULT, gpa, secret);
     const { pageSize } = this.#vm.machine;
     const offset = slot.pgoff * pageSize + gpa - slot.baseGfn * pageSize;
+    this.#touch(gpa, { slot, store: file.store, shift: slot.pgoff - slot.baseGfn }, write, true);
     if (write) file.store.write(offset, bytes);
     else {
       file.store.touch(Math.floor(offset / pageSize), Math.floor(offset / pageSize) + 1);
@@ -103,14 +112,30 @@ export class SoftwareBus implements GuestBus {
       !(slot.flags & KVM_MEM_READONLY) &&
       !slot.mapped.get(index) &&
       found.mapping.accessible(page, page + 1, PROT_READ | PROT_WRITE) > 0;
+    const { mapping } = found;
+    const shift = mapping.pgoff + page - Math.floor(gpa / pageSize);
+    const isWritable =
+      !slot.dirty &&
+      !(slot.flags & KVM_MEM_READONLY) &&
+      mapping.accessible(page, page + 1, PROT_READ | PROT_WRITE) > 0 &&
+      this.#memory.isPresent(mapping, page);
     const dirties = slot.dirty && (write || (mapsWritable && this.#memory.isPresent(found.mapping, page)));
     const result = write
       ? this.#memory.poke(found.mapping, found.offset, bytes)
       : this.#memory.peek(found.mapping, found.offset, bytes);
     if (result < bytes.length) return unreachable;
+    if (this.#vm.machine.tdp) this.#touch(gpa, { slot, store: mapping.store, shift }, write, isWritable);
     if (dirties) slot.dirty?.set(index, index + 1, true);
     slot.mapped.set(index, index + 1, true);
     return OK;
+  }
+
+  /** Without a mapping, or with one that is for reading only, an access faults first. */
+  #touch(gpa: number, place: Place, write: boolean, isWritable: boolean): void {
+    const gfn = Math.floor(gpa / this.#vm.machine.pageSize);
+    if (this.#stage2.has(gfn, place, write)) return;
+    this.faults++;
+    this.#stage2.map(gfn, gfn + 1, place, write || isWritable);
   }
 
   #fault(errno: number, gpa: number, secret: boolean): Access {

@@ -2,9 +2,9 @@ import { RangeMap } from '../../ranges.ts';
 import { PROT_READ, PROT_WRITE } from '../../uapi.ts';
 import type { MemoryFile } from './memory_file.ts';
 import { PageStore } from './page_store.ts';
-import { SoftwareGuestMemfd } from './software_files.ts';
+import { SecretFile, SoftwareGuestMemfd } from './software_files.ts';
 
-export type MappedFile = MemoryFile | SoftwareGuestMemfd;
+export type MappedFile = MemoryFile | SoftwareGuestMemfd | SecretFile;
 
 /** Units: pages of the mapping, unless a name or a comment says bytes. */
 export class Mapping {
@@ -61,7 +61,7 @@ export class Mapping {
   }
 
   get #memory(): MemoryFile | null {
-    return this.file instanceof SoftwareGuestMemfd ? null : this.file;
+    return this.file instanceof SoftwareGuestMemfd || this.file instanceof SecretFile ? null : this.file;
   }
 
   drop(): void {
@@ -69,6 +69,11 @@ export class Mapping {
     if (this.#memory) this.#memory.mappings--;
     if (this.faulted) this.gmem?.references.removeMapping(this.faulted);
     this.file?.drop();
+  }
+
+  /** Of memfd_secret(2): only the processes that map it reach it. */
+  get secret(): boolean {
+    return this.file instanceof SecretFile;
   }
 
   get gmem(): SoftwareGuestMemfd | null {

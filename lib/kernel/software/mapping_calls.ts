@@ -6,17 +6,19 @@ import {
   MAP_PRIVATE,
   MAP_SHARED_VALIDATE,
   MAP_TYPE,
+  MLOCK_ONFAULT,
   MS_ASYNC,
   MS_INVALIDATE,
   MS_SYNC,
   O_CLOEXEC,
   PROT_READ,
+  RLIMIT_MEMLOCK,
   UFFD_FEATURE_WP_ASYNC,
   UFFDIO_REGISTER_MODE_WP,
 } from '../../uapi.ts';
 import { MAP_GUEST_SHARED } from '../../uapi_proposed.ts';
 import { shown } from '../../validate.ts';
-import { bytes, i32, isAligned, toPages, u64 } from '../arguments.ts';
+import { bytes, i32, isAligned, toPages, u32, u64 } from '../arguments.ts';
 import type { Result, U64 } from '../kernel.ts';
 import type { OpenFile } from '../state.ts';
 import { isAdvice } from './address_space.ts';
@@ -24,7 +26,9 @@ import { FileCalls } from './file_calls.ts';
 import type { MappedFile, Mapping } from './mapping.ts';
 import { MemoryFile } from './memory_file.ts';
 import { mmapRules } from './mmap_rules.ts';
-import { SoftwareGuestMemfd, UserfaultFile } from './software_files.ts';
+import { SecretFile, SoftwareGuestMemfd, UserfaultFile } from './software_files.ts';
+
+const NO_LIMIT = (1n << 64n) - 1n;
 
 type RangeCall = (mapping: Mapping, start: number, end: number) => Result;
 
@@ -43,6 +47,8 @@ export abstract class MappingCalls extends FileCalls {
     const refused = this.check(mmapRules, this.machine, request);
     if (refused !== null) return refused;
     const pages = Math.ceil(Number(request.length) / this.pageSize);
+    if (request.file instanceof SecretFile && !this.memory.mayLock(pages))
+      return this.refuse('EAGAIN', 'secret memory counts as locked, and this process may not lock that much');
     const shared = (flags & MAP_TYPE) !== MAP_PRIVATE;
     const pgoff = request.file ? toPages(request.offset, this.pageSize) : 0;
     const handle = this.memory.map(
@@ -85,6 +91,21 @@ export abstract class MappingCalls extends FileCalls {
     return this.#range(mapping, offset, length, call, { round: true });
   }
 
+  mlock2(mapping: number, offset: U64, length: U64, flags: number): Result {
+    const wanted = u32('flags', flags);
+    const wrong = wanted > MLOCK_ONFAULT && 'mlock2 knows only MLOCK_ONFAULT';
+    const call: RangeCall = (found, start, end) => this.memory.lock(found, start, end, wanted === MLOCK_ONFAULT);
+    return this.#range(mapping, offset, length, call, { round: true, wrong });
+  }
+
+  getrlimit(resource: number, limit: { cur?: bigint; max?: bigint }): Result {
+    const number = i32('resource', resource);
+    if (number < 0 || number > 15) return this.refuse('EINVAL', `there is no resource ${number}`);
+    const known = number === RLIMIT_MEMLOCK && Number.isFinite(this.machine.lockLimit);
+    limit.cur = limit.max = known ? BigInt(this.machine.lockLimit) : NO_LIMIT;
+    return 0;
+  }
+
   munlock(mapping: number, offset: U64, length: U64): Result {
     const call: RangeCall = (found, start, end) => {
       found.locked.delete(start, end);
@@ -100,7 +121,7 @@ export abstract class MappingCalls extends FileCalls {
       const busy = (wanted & MS_INVALIDATE) !== 0 && locked.overlaps(start, end);
       // From the start on: what comes before the locked pages is synced first.
       if (busy && locked.get(start)) return -ERRNO.EBUSY;
-      if (wanted & MS_SYNC && shared && gmem) return -ERRNO.EINVAL;
+      if (wanted & MS_SYNC && shared && (gmem || file instanceof SecretFile)) return -ERRNO.EINVAL;
       if (busy) return -ERRNO.EBUSY;
       return wanted & MS_SYNC && shared && file instanceof MemoryFile ? file.sync() : 0;
     };
@@ -230,7 +251,7 @@ export abstract class MappingCalls extends FileCalls {
   }
 
   #mappedFile(file: OpenFile | undefined, shared: boolean, pages: number): MappedFile | null {
-    if (file instanceof SoftwareGuestMemfd || file instanceof MemoryFile) return file;
+    if (file instanceof SoftwareGuestMemfd || file instanceof MemoryFile || file instanceof SecretFile) return file;
     if (!shared) return null;
     const memory = new MemoryFile(this.pageSize, this.newIno());
     memory.size = pages * this.pageSize;

@@ -36,6 +36,7 @@ const MAX_FILE_SIZE = (1n << 63n) - 1n;
 const MAX_U64 = (1n << 64n) - 1n;
 /** LEGACY_MAP_MASK: what MAP_SHARED_VALIDATE lets pass on any file; MAP_SYNC is not in it. */
 const LEGACY_FLAGS = 0x7f9f3 | (21 << HUGE_SHIFT) | (30 << HUGE_SHIFT);
+const mappable: readonly (string | undefined)[] = ['gmem', 'file', 'secret'];
 const anonymous = (r: MmapRequest): boolean => (r.flags & MAP_ANONYMOUS) !== 0;
 const roundUp = (length: U64, page: number): bigint =>
   ((big(length) + BigInt(page) - 1n) / BigInt(page)) * BigInt(page);
@@ -76,7 +77,7 @@ export const mmapRules: readonly Rule<Machine, MmapRequest>[] = [
   // 6–7
   rule('EOVERFLOW', 'mmap-file-end', ({ pageSize }, r) => {
     // Only regular files have that size; for other kinds the limit is what 64 bits can say.
-    const limit = r.file?.kind === 'gmem' || r.file?.kind === 'file' ? MAX_FILE_SIZE : MAX_U64;
+    const limit = mappable.includes(r.file?.kind) ? MAX_FILE_SIZE : MAX_U64;
     return (
       !anonymous(r) && big(r.offset) + roundUp(r.length, pageSize) > limit && 'the range ends past the largest file'
     );
@@ -109,9 +110,13 @@ export const mmapRules: readonly Rule<Machine, MmapRequest>[] = [
   rule(
     'ENODEV',
     'not-mappable',
-    (_machine, r) =>
-      !anonymous(r) && r.file?.kind !== 'gmem' && r.file?.kind !== 'file' && 'this kind of file cannot be mapped',
+    (_machine, r) => !anonymous(r) && !mappable.includes(r.file?.kind) && 'this kind of file cannot be mapped',
   ),
+  rule('EINVAL', 'secret-private', (_machine, { flags, file }) => {
+    return (
+      file?.kind === 'secret' && (flags & MAP_TYPE) === MAP_PRIVATE && 'secret memory can only be mapped MAP_SHARED'
+    );
+  }),
   rule(
     'EINVAL',
     'gmem-growsdown',

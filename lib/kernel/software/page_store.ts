@@ -52,11 +52,31 @@ export class PageStore {
   grow: ((startPage: number, endPage: number) => Iterable<{ readonly start: number; readonly end: number }>) | null =
     null;
   #zeroPage: Uint8Array | null = null;
+  #clock = 0;
+  /** Pages → the clock when they were unmapped; nothing before a guest has mapped any. */
+  readonly #changed = new RangeMap<number>();
+  #isMapped = false;
 
   /** @param size Bytes of what is stored, which may change: a window's buffer need not be larger. */
   constructor(pageSize: number, size: () => number) {
     this.pageSize = pageSize;
     this.#size = size;
+  }
+
+  /** Counts the times that pages went, or that their mappings did. */
+  get clock(): number {
+    this.#isMapped = true;
+    return this.#clock;
+  }
+
+  /** When the mappings of a page went for the last time. */
+  changedAt(page: number): number {
+    return this.#changed.get(page) ?? 0;
+  }
+
+  /** Takes pages out of every table that maps them. They stay. */
+  unmap(startPage: number, endPage: number): void {
+    if (this.#isMapped && startPage < endPage) this.#changed.set(startPage, endPage, ++this.#clock);
   }
 
   /** Makes pages exist, as fallocate(2) does; content that is there stays. */
@@ -75,6 +95,7 @@ export class PageStore {
   /** Gives pages back: they read as zeros when they exist again. */
   discard(startPage: number, endPage: number): void {
     for (const watcher of [...this.watchers]) watcher(startPage, endPage);
+    this.unmap(startPage, endPage);
     this.clear(startPage, endPage);
     this.#present.delete(startPage, endPage);
     this.#untouched.delete(startPage, endPage);

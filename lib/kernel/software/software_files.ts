@@ -81,6 +81,7 @@ export class SoftwareGuestMemfd extends GuestMemfdFile {
   override applyConversion(start: number, end: number, toPrivate: boolean): void {
     // What a window shows of pages that do not exist yet must not show what the guest will put there.
     if (toPrivate) this.store.detachWindowed(start, end);
+    this.store.unmap(start, end);
     for (const part of [...this.changing(start, end, toPrivate)]) this.folios?.split(part.start, part.end);
     super.applyConversion(start, end, toPrivate);
     this.folios?.merge(start, end, this.references.pinned());
@@ -89,6 +90,41 @@ export class SoftwareGuestMemfd extends GuestMemfdFile {
   protected override released(): void {
     super.released();
     this.store.discard(0, this.pages);
+  }
+}
+
+/** A file of memfd_secret(2): mapped or not at all, of one size once it has one. */
+export class SecretFile extends OpenFile {
+  readonly ino: bigint;
+  readonly store: PageStore;
+  size = 0;
+
+  constructor(pageSize: number, ino: bigint) {
+    super('secret');
+    this.ino = ino;
+    this.store = new PageStore(pageSize, () => this.size);
+  }
+
+  get pages(): number {
+    return Math.ceil(this.size / this.store.pageSize);
+  }
+}
+
+/** A file of KVM_GET_STATS_FD: what it says is made up when it is read. */
+export class StatsFile extends OpenFile {
+  readonly content: () => Uint8Array;
+  position = 0;
+
+  constructor(content: () => Uint8Array) {
+    super('stats');
+    this.content = content;
+  }
+
+  read(target: Uint8Array, offset: number): Result {
+    const content = this.content();
+    const part = content.subarray(Math.min(offset, content.length), offset + target.length);
+    target.set(part);
+    return part.length;
   }
 }
 

@@ -16,26 +16,29 @@ import {
   KVM_GET_API_VERSION,
   KVM_GET_DIRTY_LOG,
   KVM_GET_VCPU_MMAP_SIZE,
+  KVM_MEM_LOG_DIRTY_PAGES,
   KVM_SET_MEMORY_ATTRIBUTES,
   KVM_SET_USER_MEMORY_REGION,
   KVM_SET_USER_MEMORY_REGION2,
 } from '../../uapi.ts';
 import { KVM_CAP_PROPOSED, KVM_SET_MEMORY_ATTRIBUTES2 } from '../../uapi_proposed.ts';
-import { bytes, i32, isZero, low32, text, u32, u64 } from '../arguments.ts';
+import { bytes, i32, isZero, low32, text, toPages, u32, u64 } from '../arguments.ts';
 import type { Kernel, MemoryAttributesArgs, Result, U64, UserMemoryRegion, UserMemoryRegion2 } from '../kernel.ts';
 import { checkExtension } from '../machine.ts';
 import { clearDirtyLogRules, getDirtyLogRules } from '../rules/dirty_log.ts';
 import { createGuestMemfdRules, folioSize } from '../rules/guest_memfd.ts';
 import { memoryAttributesRules } from '../rules/memory_attributes.ts';
 import { isSameRegion, memslotRules, regionRequest } from '../rules/memslot.ts';
+import { changeOf, lockedSlotRules } from '../rules/memslot_lock.ts';
 import { applyEnableCap, createVmRules, enableCapRules, vmType } from '../rules/vm.ts';
-import { OpenFile, VmFile } from '../state.ts';
-import { GrantCalls } from './grant_calls.ts';
+import { type MemslotState, OpenFile, type RegionRequest, VmFile } from '../state.ts';
+import { MemslotLockCalls } from './memslot_lock_calls.ts';
 import { SoftwareGuestMemfd } from './software_files.ts';
+import { Stage2 } from './stage2.ts';
 import { SoftwareVcpu } from './vcpu.ts';
 
 /** A kernel in TypeScript: the whole of the contract that needs no vCPU, as one process sees it. */
-export class SoftwareKernel extends GrantCalls implements Kernel {
+export class SoftwareKernel extends MemslotLockCalls implements Kernel {
   /** VMs this process created, whose ioctls it may therefore call. Contract §2.1. */
   readonly #ownVms: WeakSet<VmFile> = new WeakSet();
 
@@ -171,6 +174,8 @@ export class SoftwareKernel extends GrantCalls implements Kernel {
     const refused = this.check(memoryAttributesRules, owner, request);
     if (refused !== null) return refused;
     owner.applyAttributes(request.address, request.size, request.attributes);
+    const [start, end] = [toPages(request.address, this.pageSize), toPages(request.size, this.pageSize)];
+    Stage2.of(owner).unmap(start, start + end);
     return 0;
   }
 
@@ -185,6 +190,8 @@ export class SoftwareKernel extends GrantCalls implements Kernel {
     if (typeof vm === 'number') return vm;
     if (request.cap === KVM_CAP_PROPOSED.GRANT_RING && this.machine.proposals.has('grant-ring'))
       return this.enableGrantRing(vm, request);
+    if (request.cap === KVM_CAP_PROPOSED.ARM_LOCK_USER_MEMORY_REGION && this.machine.proposals.has('memslot-lock'))
+      return this.enableMemslotLock(vm, request);
     const refused = this.check(enableCapRules, vm, request);
     if (refused !== null) return refused;
     applyEnableCap(vm, request);
@@ -203,6 +210,9 @@ export class SoftwareKernel extends GrantCalls implements Kernel {
     const dirty = slot?.dirty;
     if (!slot || !dirty) return -ERRNO.ENOENT;
     const pages = [...dirty];
+    if (request.addressSpace === 0)
+      for (const { start, end } of owner.manualDirtyLog === 0 ? pages : [])
+        Stage2.of(owner).protect(slot.baseGfn + start, slot.baseGfn + end);
     // Without manual protection the bits are taken before they are copied out, and lost when that fails. Contract §16.
     if (owner.manualDirtyLog === 0) dirty.clear();
     const size = Math.ceil(slot.pages / 64) * 8;
@@ -247,10 +257,21 @@ export class SoftwareKernel extends GrantCalls implements Kernel {
     const refused = this.check(memslotRules, owner, request);
     if (refused !== null) return refused;
     if (!isSameRegion(owner, request)) {
+      const old = owner.slot(request.addressSpace, request.id);
+      const locked = old && this.check(lockedSlotRules, null, changeOf(old, request, this.pageSize));
+      if (typeof locked === 'number') return locked;
+      if (old && request.addressSpace === 0) this.#remap(owner, old, request);
       owner.applyRegion(request);
       this.keepGuestFile(asked.file, request);
     }
     return 0;
+  }
+
+  /** A slot that moves or goes takes its mappings along; a log that begins has to see the next write of each page. */
+  #remap(vm: VmFile, { baseGfn, pages }: MemslotState, { guestPhysAddr, memorySize, flags }: RegionRequest): void {
+    const stays = !isZero(memorySize) && toPages(guestPhysAddr, this.pageSize) === baseGfn;
+    if (!stays) Stage2.of(vm).unmap(baseGfn, baseGfn + pages);
+    else if (flags & KVM_MEM_LOG_DIRTY_PAGES) Stage2.of(vm).protect(baseGfn, baseGfn + pages);
   }
 
   #kvm(fd: number): Result | null {

@@ -1,6 +1,7 @@
 import { ERRNO, KVM_EXIT } from '../../uapi.ts';
 import { OpenFile, type VmFile } from '../state.ts';
 import type { Executor, Stop } from './executor.ts';
+import { exitCounter, vcpuCounters } from './statistics.ts';
 
 /** Offsets in kvm_run. Contract §1.2. */
 export const KVM_RUN = {
@@ -36,6 +37,8 @@ export class SoftwareVcpu extends OpenFile {
   pending: Stop | null = null;
   /** The answer, from when a run took it until the guest goes on with it. */
   answer: Uint8Array | bigint | null = null;
+  /** How often things happened, by the names that Linux has for them. */
+  readonly statistics: Record<string, number>;
   readonly #view: DataView;
 
   constructor(vm: VmFile, id: number, pages: number) {
@@ -45,6 +48,7 @@ export class SoftwareVcpu extends OpenFile {
     this.page = new Uint8Array(pages * vm.machine.pageSize);
     this.#view = new DataView(this.page.buffer);
     this.initialised = !vm.machine.isArm;
+    this.statistics = vcpuCounters(vm.machine.isArm);
     vm.vcpuIds.add(id);
     vm.hold();
   }
@@ -58,8 +62,10 @@ export class SoftwareVcpu extends OpenFile {
 
   /** Writes an exit into kvm_run. @returns what KVM_RUN returns. Contract §13.1, §13.2. */
   exit(stop: Stop): number {
-    const { page } = this;
+    const { page, statistics } = this;
     const view = this.#view;
+    for (const name of ['exits', exitCounter(stop, this.vm.machine.isArm)])
+      if (name !== null) statistics[name] = (statistics[name] ?? 0) + 1;
     this.pending = stop.kind === 'io' || stop.kind === 'mmio' || stop.kind === 'hypercall' ? stop : null;
     switch (stop.kind) {
       case 'io':

@@ -7,6 +7,8 @@ import { VmFile } from '../state.ts';
 import type { ExecutorFactory, GuestBus } from './executor.ts';
 import { SoftwareBus } from './guest_bus.ts';
 import { MappingCalls } from './mapping_calls.ts';
+import { StatsFile } from './software_files.ts';
+import { statisticsFile } from './statistics.ts';
 import { SoftwareVcpu } from './vcpu.ts';
 import { resetStructs, variableSize, vcpuStructs } from './vcpu_state.ts';
 
@@ -19,6 +21,8 @@ const KVM_ARM_TARGET_GENERIC_V8 = 5;
 /** The system calls on vCPUs. */
 export abstract class VcpuCalls extends MappingCalls {
   readonly #executors: ExecutorFactory[] = [];
+  /** How many vCPUs of a VM run. */
+  readonly #running = new WeakMap<VmFile, number>();
 
   /** Adds a way to carry out guest code; the first that takes a vCPU's code runs it. */
   addExecutor(factory: ExecutorFactory): void {
@@ -82,10 +86,12 @@ export abstract class VcpuCalls extends MappingCalls {
       return this.refuse('EOPNOTSUPP', `not the agent's code: ${advice ?? 'use KVM'}`);
     }
     cpu.running = true;
+    this.#ran(cpu.vm, 1);
     try {
       const result = cpu.exit(
         cpu.executor.run(cpu, bus, answer, () => cpu.kicked || cpu.immediateExit || performance.now() >= end),
       );
+      this.#countFaults(cpu, bus);
       this.exited(cpu.vm, bus);
       if (result === -ERRNO.EINTR) {
         cpu.deadlinePassed = !cpu.kicked && !cpu.immediateExit;
@@ -94,11 +100,35 @@ export abstract class VcpuCalls extends MappingCalls {
       return this.answer(result);
     } finally {
       cpu.running = false;
+      this.#ran(cpu.vm, -1);
     }
   }
 
+  /** The guest runs at once, and its vCPU counts as running until its caller hears of it. */
   async runAsync(vcpu: number, deadline: number): Promise<Result> {
-    return this.run(vcpu, deadline);
+    const cpu = this.#vcpu(vcpu);
+    const result = this.run(vcpu, deadline);
+    if (typeof cpu === 'number') return result;
+    this.#ran(cpu.vm, 1);
+    await null;
+    this.#ran(cpu.vm, -1);
+    return result;
+  }
+
+  runningVcpus(vm: number): Result {
+    const owner = this.vm(vm);
+    return typeof owner === 'number' ? owner : this.runningOf(owner);
+  }
+
+  getStatsFd(fd: number): Result {
+    const file = this.file(i32('fd', fd));
+    const cpu = file instanceof SoftwareVcpu ? this.#vcpu(fd) : null;
+    const owner = cpu === null ? this.vm(fd) : cpu;
+    if (typeof owner === 'number') return owner;
+    // The model counts what a vCPU does; a VM has nothing to tell.
+    const [name, counters] =
+      owner instanceof SoftwareVcpu ? [`kvm-0/vcpu-${owner.id}`, owner.statistics] : ['kvm-0', {}];
+    return this.install(() => new StatsFile(() => statisticsFile(name, counters)));
   }
 
   deadlinePassed(vcpu: number): boolean {
@@ -232,6 +262,18 @@ export abstract class VcpuCalls extends MappingCalls {
     struct.fill(0, 0, 32);
     struct[0] = KVM_ARM_TARGET_GENERIC_V8;
     return 0;
+  }
+
+  protected runningOf(vm: VmFile): number {
+    return this.#running.get(vm) ?? 0;
+  }
+
+  #ran(vm: VmFile, more: number): void {
+    this.#running.set(vm, (this.#running.get(vm) ?? 0) + more);
+  }
+
+  #countFaults({ statistics }: SoftwareVcpu, { faults }: SoftwareBus): void {
+    for (const name of ['pf_taken', 'pf_fixed']) statistics[name] = (statistics[name] ?? 0) + faults;
   }
 
   #oneReg(

@@ -7,8 +7,12 @@ import {
   MAP_ANONYMOUS,
   MAP_FIXED,
   MAP_PRIVATE,
+  MLOCK_ONFAULT,
   O_CLOEXEC,
   O_RDWR,
+  PROT_READ,
+  RLIMIT_MEMLOCK,
+  SEEK_SET,
 } from '../../../lib/uapi.ts';
 import { gmemSlots, mappable, separateWindows, shareable, swProtected } from '../needs.ts';
 import { INIT_SHARED, MMAP, type Outcome, type Scenario, scenario, section } from '../scenario.ts';
@@ -252,6 +256,78 @@ export const boundary = section('The boundary itself', [
       s.privateRanges(vm),
     ],
     expect: [0, 'EINVAL', [[0, 4]]],
+  }),
+  scenario('boundary statistics', 'a file of statistics: read at any offset, and nothing else', {
+    given: (s) => {
+      const vm = s.vm();
+      const [ofVm, ofVcpu] = [vm, s.vcpu(vm)].map((fd) => s.kernel.getStatsFd(fd));
+      return { ofVm: ofVm as number, ofVcpu: ofVcpu as number, memfd: s.memfd(1) };
+    },
+    when: (s, { ofVm, ofVcpu, memfd }) => {
+      const { kernel } = s;
+      const header = new Uint8Array(24);
+      const answers = [
+        kernel.read(ofVm, header),
+        kernel.read(ofVcpu, header),
+        // The kernel says how long names are, and where the counters begin.
+        header[4] ?? 0,
+        kernel.pread(ofVcpu, header, 0),
+        kernel.pread(ofVcpu, header, 2 ** 30),
+        kernel.lseek(ofVcpu, 8, SEEK_SET),
+        kernel.write(ofVcpu, header),
+        kernel.pwrite(ofVcpu, header, 0),
+        kernel.ftruncate(ofVcpu, 0),
+        kernel.fallocate(ofVcpu, 1, 0, s.P),
+        kernel.fcntl(ofVcpu, F_GETFL, 0),
+        kernel.mmap({ length: s.P, prot: PROT_READ, flags: MAP_PRIVATE, fd: ofVcpu, offset: 0 }),
+        kernel.getStatsFd(s.kvm),
+        kernel.getStatsFd(memfd),
+        kernel.getStatsFd(99999),
+      ];
+      for (const fd of [ofVm, ofVcpu]) kernel.close(fd);
+      return answers;
+    },
+    expect: [24, 24, 48, 24, 0, 24, 'EBADF', 'ESPIPE', 'EINVAL', 'EBADF', 0, 'ENODEV', 'EINVAL', 'ENOTTY', 'EBADF'],
+  }),
+  scenario('boundary mlock2', 'mlock2 locks pages that are there, or from their first touch on', {
+    given: (s) => s.anonymous(4),
+    when: (s, mapping) => {
+      const { kernel, P } = s;
+      const lock = (offset: number, length: number, flags: number) => kernel.mlock2(mapping, offset, length, flags);
+      const answers = [lock(0, P, 2), lock(0, P, MLOCK_ONFAULT), lock(2 * P, P, 0), lock(0, 5 * P, 0)];
+      const residency = new Uint8Array(4);
+      kernel.mincore(mapping, 0, 4 * P, residency);
+      return [...answers, ...Array.from(residency, (byte) => byte & 1), kernel.munlock(mapping, 0, 4 * P)];
+    },
+    expect: ['EINVAL', 0, 0, 'ENOMEM', 0, 0, 1, 0, 0],
+  }),
+  scenario('boundary getrlimit', 'limits of the process by their numbers', {
+    when: (s) => {
+      const limit: { cur?: bigint; max?: bigint } = {};
+      const { kernel } = s;
+      return [
+        kernel.getrlimit(RLIMIT_MEMLOCK, limit),
+        typeof limit.cur === 'bigint' && typeof limit.max === 'bigint' && limit.cur <= limit.max,
+        kernel.getrlimit(16, limit),
+        kernel.getrlimit(-1, limit),
+      ];
+    },
+    expect: [0, true, 'EINVAL', 'EINVAL'],
+  }),
+  scenario('boundary running', 'no vCPU runs unless somebody runs it', {
+    given: (s) => {
+      const vm = s.vm();
+      return { vm, vcpu: s.vcpu(vm), memfd: s.memfd(1) };
+    },
+    when: async (s, { vm, vcpu, memfd }) => {
+      const { kernel } = s;
+      const before = kernel.runningVcpus(vm);
+      const run = kernel.runAsync(vcpu, 0);
+      const during = kernel.runningVcpus(vm);
+      await run;
+      return [before, during, ...[vm, vcpu, s.kvm, memfd, 99999].map((fd) => kernel.runningVcpus(fd))];
+    },
+    expect: [0, 1, 0, 'EINVAL', 'EINVAL', 'ENOTTY', 'EBADF'],
   }),
   scenario('boundary getter', 'what is no VM fd has no attributes', {
     when: (s) => [s.kernel.privateGfns(s.kvm) === undefined, s.kernel.privateGfns(99999) === undefined],

@@ -2,15 +2,19 @@ import { KvmError } from './errors.ts';
 import type { Exit, MapGpaRangeExit, MemoryFaultExit } from './exit.ts';
 import type { GuestRange, Visibility } from './guest_range.ts';
 import { ERRNO } from './uapi.ts';
+import { integer, options, shown, typeError } from './validate.ts';
 import type { Vcpu } from './vcpu.ts';
-import type { Vm } from './vm.ts';
+import { Vm } from './vm.ts';
+
+/** MAX_ERRNO: beyond it a value is no errno to the guest's kernel. */
+const MAX_ERRNO = 4095;
 
 /** What becomes of an exit: run on, or give it to the caller. */
 export type Verdict = 'resume' | 'stop';
 
 export interface ConversionPolicyOptions {
   /**
-   * Whether the guest may have it. `false` refuses with EINVAL; a number is the errno the guest reads, positive. Everything is granted unless
+   * Whether the guest may have it. `false` refuses with EINVAL; a number, 1 to 4095, is the errno the guest reads. Everything is granted unless
    * given.
    */
   readonly allow?: (range: GuestRange, to: Visibility) => boolean | number;
@@ -25,7 +29,11 @@ export class ConversionPolicy {
   readonly #vm: Vm;
   readonly #allow: (range: GuestRange, to: Visibility) => boolean | number;
 
-  constructor(vm: Vm, { allow = () => true }: ConversionPolicyOptions = {}) {
+  /** @throws TypeError `ERR_INVALID_ARG_TYPE` */
+  constructor(vm: Vm, given: ConversionPolicyOptions = {}) {
+    if (!(vm instanceof Vm)) throw typeError('vm must be a Vm');
+    const { allow = () => true } = options('options', given);
+    if (typeof allow !== 'function') throw typeError(`allow must be a function, got ${shown(allow)}`);
     this.#vm = vm;
     this.#allow = allow;
   }
@@ -60,8 +68,11 @@ export class ConversionPolicy {
 
   /** @returns what the guest reads: 0, or a negative errno. */
   #convert(range: GuestRange, to: Visibility): bigint {
-    const verdict = this.#allow(range, to);
-    if (verdict !== true) return BigInt(-(verdict === false ? ERRNO.EINVAL : verdict));
+    const allow = this.#allow;
+    const verdict = allow(range, to);
+    // An errno of 0 would tell the guest that it has what nobody converted.
+    if (verdict !== true)
+      return BigInt(-(verdict === false ? ERRNO.EINVAL : integer('what allow returns', verdict, 1, MAX_ERRNO)));
     try {
       this.#vm.convertSync(range, to);
       return 0n;

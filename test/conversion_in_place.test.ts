@@ -152,6 +152,35 @@ t.test('a guest that asks, and the policy that answers', async (t) => {
   t.equal(agent.requestConversion(range, 'shared'), 0n);
 });
 
+t.test('a policy refuses with an errno, and takes nothing for one that is none', async (t) => {
+  const kvm = Kvm.open({ backend: 'software' });
+  t.teardown(() => kvm.close());
+  const vm = kvm.createVm({ type: 'sw-protected' });
+  const file = vm.createGuestMemfd({ size: 2 * MiB });
+  vm.createMemslot({
+    address: 0,
+    size: 2 * MiB,
+    guestMemfd: file,
+    hostMemory: kvm.createHostMemory({ size: 2 * MiB }),
+  });
+  let verdict: unknown = false;
+  const policy = new ConversionPolicy(vm, { allow: () => verdict as boolean });
+  const agent = GuestAgent.boot(vm, { onExit: policy.handle });
+  const range = { address: MiB, size: P };
+  t.equal(agent.requestConversion(range, 'private'), -22n);
+  verdict = 1;
+  t.equal(agent.requestConversion(range, 'private'), -1n);
+  const ask = { reason: 'map-gpa-range', ...range, to: 'private', reply: () => t.fail('answered') } as const;
+  for (verdict of [0, -1, 4096, 1.5, NaN]) t.equal(errorOf(() => policy.handle(ask as never)).code, 'ERR_OUT_OF_RANGE');
+  for (verdict of [undefined, null, 'EPERM', 1n])
+    t.equal(errorOf(() => policy.handle(ask as never)).code, 'ERR_INVALID_ARG_TYPE');
+  t.same(vm.attributes.privateRanges(), []);
+  for (const bad of [null, {}, Object.create(kvm)])
+    t.equal(errorOf(() => new ConversionPolicy(bad as never)).code, 'ERR_INVALID_ARG_TYPE');
+  for (const bad of [null, 5, { allow: 5 }])
+    t.equal(errorOf(() => new ConversionPolicy(vm, bad as never)).code, 'ERR_INVALID_ARG_TYPE');
+});
+
 t.test('any order of conversions, punches and accesses', async (t) => {
   const step = fc.record({
     do: fc.constantFrom('convert' as const, 'punch' as const, 'write' as const, 'view' as const, 'slot' as const),

@@ -101,6 +101,7 @@ export class GuestMemory {
   write(address: number, data: Uint8Array): void {
     const plain = bytes('data', data);
     this.#owner.assertOpen();
+    this.#owner.vm.assertThawed();
     let position = 0;
     for (const { mapping, offset, size } of this.#plan(address, plain.length, 'write')) {
       const copied = this.#owner.kernel.poke(mapping, offset, plain.subarray(position, position + size));

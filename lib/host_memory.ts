@@ -87,7 +87,10 @@ export class HostMemory extends Resource {
   readonly #kernel: Kernel;
   readonly #kvm: Kvm;
   readonly #mapping: number;
+  readonly #fd: number;
   readonly #alignment: number;
+  /** Why its pages may neither come nor go, while that is so. */
+  #frozen: string | null = null;
   readonly #slots = new Set<Memslot>();
   /** The slots that show its bytes. */
   readonly #shown = new Holds<Memslot>();
@@ -140,6 +143,7 @@ export class HostMemory extends Resource {
     this.#kernel = kernel;
     this.#kvm = kvm;
     this.#mapping = mapping;
+    this.#fd = fd;
     this.#alignment = memory.alignment;
     this.kind = memory.kind;
     this.size = memory.size;
@@ -177,7 +181,7 @@ export class HostMemory extends Resource {
    * Gives pages back to the host; they read as zeros afterwards.
    *
    * @param range Bytes, aligned to the page size ('hugetlb': to its page size).
-   * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `EOPNOTSUPP` (a file system without holes), `ERR_CLOSED`
+   * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `EOPNOTSUPP` (a file system without holes), `EPERM` while it is handed over, `ERR_CLOSED`
    * @see madvise(2) with MADV_DONTNEED; for a 'memfd' or 'file' with MADV_REMOVE
    */
   discard(range: FileRange): void {
@@ -186,6 +190,7 @@ export class HostMemory extends Resource {
       throw rangeError(`range must be made of whole pages of ${this.#alignment} bytes, got ${offset}, +${size}`);
     }
     this.assertOpen();
+    assertThawed(this.#frozen);
     checked(this.#kernel, this.#kernel.madvise(this.#mapping, offset, size, this.#advice), 'madvise', { offset, size });
   }
 
@@ -225,6 +230,11 @@ export class HostMemory extends Resource {
     return {
       kvm: this.#kvm,
       mapping: this.#mapping,
+      /** -1 where it is no file's, or another thread's. */
+      fd: this.#fd,
+      freeze: (why: string | null) => {
+        this.#frozen = why;
+      },
       slots: this.#slots,
       shown: this.#shown,
       assertOpen: () => this.assertOpen(),
@@ -240,6 +250,11 @@ export class HostMemory extends Resource {
 
 /** A view keeps the memory it shows, although nobody else may refer to it any more. */
 export const keptAlive = new WeakMap<ArrayBufferLike, object>();
+
+/** @throws KvmError `EPERM` */
+export function assertThawed(frozen: string | null): void {
+  if (frozen !== null) throw new KvmError({ code: 'EPERM', errno: -ERRNO.EPERM, message: `${frozen} (EPERM)` });
+}
 
 /** @throws KvmError `EBUSY` */
 export function refuseIfInUse(slots: ReadonlySet<Memslot>, what: string): void {

@@ -7,6 +7,14 @@ export type { Exit } from './exit.ts';
 export { GuestMemfd } from './guest_memfd.ts';
 export { GuestMemory } from './guest_memory.ts';
 export type { FileRange, GuestRange, Visibility } from './guest_range.ts';
+export {
+  type HandOverOptions,
+  type HandOverReport,
+  handOver,
+  type TakenMemory,
+  type TakeOverOptions,
+  takeOver,
+} from './handover/hand_over.ts';
 export { HostMemory, type HostMemoryKind, type HostMemoryOptions } from './host_memory.ts';
 export { type BackendName, Kvm, type OpenOptions, type VmOptions } from './kvm.ts';
 export { MemoryAttributes } from './memory_attributes.ts';

@@ -64,6 +64,7 @@ export class Vcpu extends Resource {
   run(given?: RunOptions): Exit {
     const timeout = timeoutOf(given);
     this.assertOpen();
+    this.#vm.assertThawed();
     return this.#exit(this.#kernel.run(this.#fd, timeout));
   }
 
@@ -78,14 +79,18 @@ export class Vcpu extends Resource {
     const timeout = timeoutOf(given);
     signal?.throwIfAborted();
     this.assertOpen();
+    this.#vm.assertThawed();
+    const { runs } = this.#vm.backing;
     const kick = (): void => void this.#kernel.kick(this.#fd);
     signal?.addEventListener('abort', kick, { once: true });
+    runs.count++;
     try {
       const result = await this.#kernel.runAsync(this.#fd, timeout);
       signal?.throwIfAborted();
       this.assertOpen();
       return this.#exit(result);
     } finally {
+      runs.count--;
       signal?.removeEventListener('abort', kick);
     }
   }

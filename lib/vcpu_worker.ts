@@ -100,9 +100,12 @@ export class VcpuWorker extends Resource {
     const pending = this.#pending;
     if (pending.busy)
       throw new KvmError({ code: 'EBUSY', message: `the next exit of vCPU ${this.id} is awaited already` });
+    this.#vm.assertThawed();
+    const { runs } = this.#vm.backing;
     const { answer } = pending;
     pending.answer = {};
     pending.busy = true;
+    runs.count++;
     try {
       // A copy: whoever had the bytes may have transferred them.
       const exit = await this.#link.next(
@@ -120,6 +123,7 @@ export class VcpuWorker extends Resource {
         },
       };
     } finally {
+      runs.count--;
       pending.busy = false;
     }
   }

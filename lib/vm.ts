@@ -8,7 +8,7 @@ import { GuestMemfd } from './guest_memfd.ts';
 import { GuestMemory } from './guest_memory.ts';
 import type { GuestRange, Visibility } from './guest_range.ts';
 import { Holds } from './holds.ts';
-import { HostMemory } from './host_memory.ts';
+import { assertThawed, HostMemory } from './host_memory.ts';
 import type { Kernel, MemoryAttributesArgs, Result } from './kernel/kernel.ts';
 import { linuxKernel } from './kernel/linux/linux_kernel.ts';
 import { type BackendName, capabilityNumber, Kvm, shareError } from './kvm.ts';
@@ -86,6 +86,10 @@ export class Vm extends Resource {
   /** Conversions at work, or waiting for others, in the order they were asked for; and when each has ended. */
   readonly #converting = new Map<Conversion, Promise<unknown>>();
   #capabilities: VmCapabilities | null = null;
+  /** Why its memory may not change, while that is so. */
+  #frozen: string | null = null;
+  /** Runs of its vCPUs that are awaited on this thread. */
+  readonly #runs = { count: 0 };
   #nextVcpu = 0;
 
   /** @internal */
@@ -421,12 +425,33 @@ export class Vm extends Resource {
     return memory.ended || !this.#kernel.isShared(handle.vm);
   }
 
+  /** Whether its memory is being handed over, or was: it neither runs nor changes then. */
+  get frozen(): boolean {
+    return this.#frozen !== null;
+  }
+
   /** @internal */
   get backing() {
-    return { kernel: this.#kernel, fd: this.#fd, assertOwn: () => this.#assertOwn() };
+    return {
+      kernel: this.#kernel,
+      fd: this.#fd,
+      runs: this.#runs,
+      assertOpen: () => this.assertOpen(),
+      assertOwn: () => this.#assertOwn(),
+      assertIdle: (address: number, size: number) => this.#assertIdle(address, size),
+      freeze: (why: string | null) => {
+        this.#frozen = why;
+      },
+    };
+  }
+
+  /** @internal */
+  assertThawed(): void {
+    if (this.#frozen !== null) assertThawed(this.#frozen);
   }
 
   #assertOwn(): void {
+    assertThawed(this.#frozen);
     if (this.#attached)
       throw KvmError.unsupported(
         'the memory of a VM is changed on the thread that created it: ask it to, by a message',

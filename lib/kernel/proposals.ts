@@ -10,6 +10,7 @@ const modelled: readonly Proposal[] = [
   'write-population',
   'special-mapping',
   'grant-ring',
+  'link',
 ];
 
 /**

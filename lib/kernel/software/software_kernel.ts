@@ -20,7 +20,7 @@ import {
   KVM_SET_USER_MEMORY_REGION,
   KVM_SET_USER_MEMORY_REGION2,
 } from '../../uapi.ts';
-import { KVM_CAP_PROPOSED, KVM_SET_MEMORY_ATTRIBUTES2 } from '../../uapi_proposed.ts';
+import { KVM_CAP_PROPOSED, KVM_LINK_GUEST_MEMFD, KVM_SET_MEMORY_ATTRIBUTES2 } from '../../uapi_proposed.ts';
 import { bytes, i32, isZero, low32, text, u32, u64 } from '../arguments.ts';
 import type { Kernel, MemoryAttributesArgs, Result, U64, UserMemoryRegion, UserMemoryRegion2 } from '../kernel.ts';
 import { checkExtension } from '../machine.ts';
@@ -30,12 +30,12 @@ import { memoryAttributesRules } from '../rules/memory_attributes.ts';
 import { isSameRegion, memslotRules, regionRequest } from '../rules/memslot.ts';
 import { applyEnableCap, createVmRules, enableCapRules, vmType } from '../rules/vm.ts';
 import { OpenFile, VmFile } from '../state.ts';
-import { GrantCalls } from './grant_calls.ts';
+import { LinkCalls } from './link_calls.ts';
 import { SoftwareGuestMemfd } from './software_files.ts';
 import { SoftwareVcpu } from './vcpu.ts';
 
 /** A kernel in TypeScript: the whole of the contract that needs no vCPU, as one process sees it. */
-export class SoftwareKernel extends GrantCalls implements Kernel {
+export class SoftwareKernel extends LinkCalls implements Kernel {
   /** VMs this process created, whose ioctls it may therefore call. Contract §2.1. */
   readonly #ownVms: WeakSet<VmFile> = new WeakSet();
 
@@ -86,6 +86,7 @@ export class SoftwareKernel extends GrantCalls implements Kernel {
     if (number === KVM_SET_MEMORY_ATTRIBUTES && !this.machine.swProtected) return this.#unknownVmRequest(number);
     if (number === KVM_CREATE_GUEST_MEMFD && !this.machine.hasGuestMemfd) return this.#unknownVmRequest(number);
     const pointers: readonly number[] = [
+      ...(this.machine.proposals.has('link') ? [KVM_LINK_GUEST_MEMFD] : []),
       KVM_GET_DIRTY_LOG,
       KVM_CLEAR_DIRTY_LOG,
       KVM_SET_USER_MEMORY_REGION,

@@ -7,6 +7,7 @@ export type { Exit } from './exit.ts';
 export { GuestMemfd } from './guest_memfd.ts';
 export { GuestMemory } from './guest_memory.ts';
 export type { FileRange, GuestRange, Visibility } from './guest_range.ts';
+export { type FdStoreOptions, type StoredMemory, storeInSystemd, takeFromSystemd } from './handover/fd_store.ts';
 export {
   type HandOverOptions,
   type HandOverReport,
@@ -15,6 +16,7 @@ export {
   type TakeOverOptions,
   takeOver,
 } from './handover/hand_over.ts';
+export { preserveAcrossKexec } from './handover/live_update.ts';
 export { HostMemory, type HostMemoryKind, type HostMemoryOptions } from './host_memory.ts';
 export { type BackendName, Kvm, type OpenOptions, type VmOptions } from './kvm.ts';
 export { MemoryAttributes } from './memory_attributes.ts';

@@ -1,12 +1,25 @@
 // Guest memory that changes hands: to a successor over a socket, to systemd, to a second VM and back.
-import { mkdtempSync, rmSync } from 'node:fs';
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { existsSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as wait } from 'node:timers/promises';
+import { fileURLToPath } from 'node:url';
 import t from 'tap';
-import { GuestAgent, handOver, MiB, takeOver, type Vm } from '../lib/index.ts';
-import { ERRNO, SOCK_SEQPACKET } from '../lib/uapi.ts';
-import { everywhere, refused, rejection, type World } from './backends.ts';
+import {
+  GuestAgent,
+  handOver,
+  MiB,
+  preserveAcrossKexec,
+  storeInSystemd,
+  takeFromSystemd,
+  takeOver,
+  type Vm,
+} from '../lib/index.ts';
+import { ERRNO, SOCK_DGRAM, SOCK_SEQPACKET } from '../lib/uapi.ts';
+import { backends, everywhere, refused, rejection, type World } from './backends.ts';
+import { child } from './lifecycle/child_process.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'guest-memfd-'));
 t.teardown(() => rmSync(folder, { recursive: true }));
@@ -131,5 +144,109 @@ t.test('to a successor', async (t) => {
     t.equal(vm.frozen, false);
     vm.close();
     t.equal((await rejection(handOver(vm, { path }))).code, 'ERR_CLOSED');
+  });
+});
+
+t.test('between processes', async (t) => {
+  const onRealKvm = backends.filter(({ name }) => name === 'kvm');
+  await everywhere(
+    t,
+    'seed 3.4, seed 3.6: a process gives its memory away and is gone',
+    async (t, { kvm }) => {
+      const path = socketPath();
+      const ended = child('hand_over_child', 'predecessor', path);
+      while (!existsSync(path)) await wait(5);
+      const { vm, data } = await takeOver(kvm, { path });
+      const { code, output, errors } = await ended;
+      t.equal(code, 0, errors);
+      t.equal(output, `${8 * MiB}\n`);
+      t.not(Number(text(data)), process.pid);
+      using agent = GuestAgent.boot(vm, { address: 0 });
+      t.equal(text(agent.read(4 * MiB, 31)), 'from a guest of another process');
+      const next = socketPath();
+      agent.close();
+      const [, last] = await Promise.all([handOver(vm, { path: next }), child('hand_over_child', 'successor', next)]);
+      t.equal(last.output, 'from a gu\n', last.errors);
+    },
+    onRealKvm,
+  );
+
+  await everywhere(
+    t,
+    'seed 3.6: a successor that is killed gives the memory back',
+    async (t, world) => {
+      const { vm, P } = world;
+      memfdVm(world);
+      const path = socketPath();
+      const [error, { signal }] = await Promise.all([
+        rejection(handOver(vm, { path })),
+        child('hand_over_child', 'dies', path),
+      ]);
+      t.equal(signal, 'SIGKILL');
+      t.equal(error.code, 'EPIPE');
+      t.equal(vm.frozen, false);
+      vm.memory.write(P, Buffer.from('mine'));
+    },
+    onRealKvm,
+  );
+});
+
+t.test('to systemd', async (t) => {
+  await everywhere(t, 'seed 3.6: systemd keeps the memory while the service restarts', async (t, world) => {
+    const { vm, kvm, P } = world;
+    const ram = kvm.createHostMemory({ size: 8 * MiB, kind: 'memfd' });
+    vm.createMemslot({ address: 0, size: 8 * MiB, hostMemory: ram });
+    vm.memory.write(4 * MiB, Buffer.from('kept here'));
+    const { kernel } = kvm.backing;
+    const systemd = kernel.socket(SOCK_DGRAM);
+    t.teardown(() => delete process.env.NOTIFY_SOCKET);
+    if (kvm.backend === 'software') {
+      refused(t, () => storeInSystemd(vm), 'UNSUPPORTED', 'software kernel');
+      refused(t, () => takeFromSystemd(kvm), 'UNSUPPORTED', 'software kernel');
+      return;
+    }
+    refused(t, () => storeInSystemd(vm), 'UNSUPPORTED', 'NOTIFY_SOCKET');
+    const path = socketPath();
+    process.env.NOTIFY_SOCKET = path;
+    t.equal(refused(t, () => storeInSystemd(vm), 'ENOENT').syscall, 'connect');
+    t.equal(vm.frozen, false);
+    t.equal(kernel.bind(systemd, path), 0);
+    t.throws(() => storeInSystemd(vm, { name: 'a:b' }), { code: 'ERR_OUT_OF_RANGE' });
+    const heard = (): [string, number[]] => {
+      const [target, fds] = [new Uint8Array(256), [] as number[]];
+      const length = kernel.recvmsg(systemd, target, fds);
+      return [text(target.subarray(0, Math.max(0, length))), fds];
+    };
+    const stored = storeInSystemd(vm, { name: 'vm', data: Buffer.from('registers') });
+    t.equal(stored.bytes, 8 * MiB);
+    const [image, memory] = [heard(), heard()];
+    t.equal(image[0], 'FDSTORE=1\nFDNAME=vm.0');
+    t.equal(memory[0], 'FDSTORE=1\nFDNAME=vm.1');
+    refused(t, () => vm.memory.write(P, Uint8Array.of(1)), 'EPERM', 'systemd');
+    refused(t, () => takeFromSystemd(kvm, { name: 'vm' }), 'ENOENT', "'vm'");
+    // The next start: systemd passes what it has from fd 3 on, in whatever order.
+    const program = fileURLToPath(new URL('lifecycle/hand_over_child.js', import.meta.url));
+    const kept = [memory[1][0] as number, image[1][0] as number];
+    const restarted = spawn(process.execPath, [program, 'restarted'], {
+      env: {},
+      stdio: ['ignore', 'pipe', 'inherit', 'ignore', ...kept],
+    });
+    let output = '';
+    restarted.stdout?.on('data', (data) => {
+      output += data;
+    });
+    t.same(await once(restarted, 'close'), [0, null]);
+    t.equal(output, 'registers: kept here\n');
+    for (const fd of kept) kernel.close(fd);
+    stored.cancel();
+    stored.cancel();
+    t.same([heard()[0], heard()[0], heard()[0]], ['FDSTOREREMOVE=1\nFDNAME=vm.0', 'FDSTOREREMOVE=1\nFDNAME=vm.1', '']);
+    t.equal(vm.frozen, false);
+    vm.memory.write(P, Uint8Array.of(1));
+    kernel.close(systemd);
+  });
+
+  await everywhere(t, 'seed 3.6: across kexec only where the host can', async (t, { vm }) => {
+    refused(t, () => preserveAcrossKexec(vm), 'UNSUPPORTED', '/dev/liveupdate');
   });
 });

@@ -1,7 +1,7 @@
 import { constants } from 'node:buffer';
 import { KvmError } from './errors.ts';
 import { formatRange } from './format.ts';
-import { keptAlive, WINDOW_MAX } from './host_memory.ts';
+import { HostMemory, keptAlive, WINDOW_MAX } from './host_memory.ts';
 import { bytes } from './kernel/arguments.ts';
 import type { Kernel } from './kernel/kernel.ts';
 import type { Memslot } from './memslot.ts';
@@ -128,6 +128,7 @@ export class GuestMemory {
     const key = `${address} ${length}`;
     const known = this.#views.get(key)?.bytes();
     if (known) return known;
+    if (HostMemory.is(piece.owner)) piece.owner.backing.assertViewable();
     const view = this.#owner.kernel.window(piece.mapping, piece.offset, length, true);
     keptAlive.set(view.buffer, piece.owner);
     this.#sweep();

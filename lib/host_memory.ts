@@ -75,6 +75,15 @@ function checked(
   return result;
 }
 
+/** Whoever brings the pages of a memory. */
+export interface Paging {
+  /** Why not all of them will come, and the first that will not. */
+  failure(): { readonly error: KvmError; readonly range: FileRange } | null;
+}
+
+/** How many memories have one, so that those who ask for failures need not look. */
+export const paged = { count: 0 };
+
 /**
  * Memory of this process that memslots can show to a guest: the shared side. Pages come into being when they are first touched.
  *
@@ -91,6 +100,8 @@ export class HostMemory extends Resource {
   readonly #alignment: number;
   /** Why its pages may neither come nor go, while that is so. */
   #frozen: string | null = null;
+  /** What brings its pages; stays when it has failed. */
+  #paging: Paging | null = null;
   readonly #slots = new Set<Memslot>();
   /** The slots that show its bytes. */
   readonly #shown = new Holds<Memslot>();
@@ -166,12 +177,13 @@ export class HostMemory extends Resource {
    * also when a `vm.memory.view()` of the same memory is.
    *
    * @param range Bytes, at most 4 GiB; all of it when omitted.
-   * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `ERR_CLOSED`
+   * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `EBUSY` a pager brings its pages · `EIO` that failed · `ERR_CLOSED`
    */
   bytes(range?: FileRange): Uint8Array {
     const { offset, size } = fileRange('range', range, this.size);
     this.assertOpen();
     if (size > WINDOW_MAX) throw rangeError(`a view has at most ${formatBytes(WINDOW_MAX)}; ask for a part`);
+    this.#assertViewable();
     const view = this.#kernel.window(this.#mapping, offset, size);
     keptAlive.set(view.buffer, this);
     return view;
@@ -235,12 +247,27 @@ export class HostMemory extends Resource {
       freeze: (why: string | null) => {
         this.#frozen = why;
       },
+      paging: () => this.#paging,
+      setPaging: (paging: Paging | null) => {
+        paged.count += Number(paging !== null) - Number(this.#paging !== null);
+        this.#paging = paging;
+      },
+      assertViewable: () => this.#assertViewable(),
       slots: this.#slots,
       shown: this.#shown,
       assertOpen: () => this.assertOpen(),
       advice: this.#advice,
       alignment: this.#alignment,
     };
+  }
+
+  #assertViewable(): void {
+    if (!this.#paging) return;
+    const failure = this.#paging.failure();
+    if (failure) throw failure.error;
+    const message =
+      'not all of its pages have come, and a view could not wait for them: read and write through vm.memory';
+    throw new KvmError({ code: 'EBUSY', errno: -ERRNO.EBUSY, message: `${message} (EBUSY)` });
   }
 
   get #advice(): number {

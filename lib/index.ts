@@ -23,6 +23,8 @@ export { MemoryAttributes } from './memory_attributes.ts';
 export { type ConversionNotice, type MemoryHold, MemoryUser, type MemoryUserOptions } from './memory_user.ts';
 export { Memslot, type MemslotOptions } from './memslot.ts';
 export type { Arch, KernelVersion, ModelOptions, Proposal } from './model_options.ts';
+export { Pager, type PagerOptions, type PagerProgress } from './pager/pager.ts';
+export type { PageContent, PageSourceModule } from './pager/source.ts';
 export { GiB, KiB, MiB, TiB } from './uapi.ts';
 export { type RunOptions, Vcpu } from './vcpu.ts';
 export type { VcpuModule } from './vcpu_driver.ts';

@@ -4,6 +4,7 @@ import { MessageChannel, receiveMessageOnPort, Worker } from 'node:worker_thread
 import { KvmError } from './errors.ts';
 import type { Exit } from './exit.ts';
 import { bytes } from './kernel/arguments.ts';
+import { sourceFailure } from './pager/source_failure.ts';
 import { guardConstructor, internal, Resource } from './resource.ts';
 import { integer, options, text, typeError } from './validate.ts';
 import { timeoutOf } from './vcpu.ts';
@@ -111,6 +112,8 @@ export class VcpuWorker extends Resource {
       const exit = await this.#link.next(
         answer.data ? { ...answer, data: bytes('data', answer.data).slice() } : answer,
       );
+      const failed = exit.reason === 'mmio' ? sourceFailure(this.#vm, exit.address) : null;
+      if (failed) return failed;
       const next: { data?: Uint8Array; reply?: bigint } = {};
       pending.answer = next;
       if (exit.reason === 'io' || exit.reason === 'mmio') next.data = exit.data;
@@ -122,6 +125,11 @@ export class VcpuWorker extends Resource {
           next.reply = value;
         },
       };
+    } catch (error) {
+      // A vCPU on another thread knows nothing of this thread's pagers.
+      const failed = error instanceof KvmError && error.code === 'EFAULT' ? sourceFailure(this.#vm) : null;
+      if (failed) return failed;
+      throw error;
     } finally {
       runs.count--;
       pending.busy = false;
@@ -147,7 +155,8 @@ export class VcpuWorker extends Resource {
   }
 }
 
-function moduleUrl(module: string | URL): string {
+/** @internal */
+export function moduleUrl(module: string | URL): string {
   if (module instanceof URL) return module.href;
   return text('module', module).startsWith('file:') ? module : pathToFileURL(module).href;
 }

@@ -257,6 +257,9 @@ napi_value CreateWindow(Environment& environment) {
 // Detaches one window. Any other ArrayBuffer: EINVAL.
 int64_t DetachWindow(Environment& environment, napi_value buffer) { return environment.DetachWindow(buffer); }
 
+// Detaches every window of a mapping. command: [mapping]
+int64_t DetachAll(Environment& environment) { return environment.DetachWindows(environment.command().u64(0)); }
+
 // munmap(2); detaches the windows first. command: [mapping]
 int64_t Munmap(Environment& environment) { return environment.RemoveMapping(environment.command().u64(0)); }
 
@@ -283,6 +286,7 @@ constexpr Function kTable[] = {
     {"poke", Invoke<Poke>},
     {"window", Invoke<CreateWindow>},
     {"detach", Invoke<DetachWindow>},
+    {"detachAll", Invoke<DetachAll>},
     {"munmap", Invoke<Munmap>},
 };
 

@@ -288,6 +288,8 @@ export interface Kernel {
   window(mapping: number, offset: number, length: number, own?: boolean): Uint8Array;
   /** Detaches a view made with `own`. */
   releaseWindow(view: Uint8Array): void;
+  /** Detaches every view of the mapping that this thread has. */
+  releaseWindows(mapping: number): Result;
   munmap(mapping: number): Result;
 
   // ── threads: each has its own fds and mappings, also where the process has them all. A share is a number that cannot be guessed, ends

@@ -97,6 +97,7 @@ export interface Addon {
   poke(source: Uint8Array): number; // [mapping, offset]; bytes copied
   window(): ArrayBuffer | number; // [mapping, offset, length]; EOPNOTSUPP without external buffers, EFBIG past the longest
   detach(window: ArrayBuffer): number; // EINVAL unless it is an attached window
+  detachAll(): number; // [mapping]
   munmap(): number; // [mapping]; detaches its windows first
 
   // ── other threads: ENOENT for a number that nobody shares

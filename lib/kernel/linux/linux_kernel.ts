@@ -596,6 +596,13 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
     this.native.detach(bytes('view', view).buffer as ArrayBuffer);
   }
 
+  releaseWindows(mapping: number): Result {
+    const handle = i32('mapping', mapping);
+    this.#mappings[handle]?.windows.clear();
+    this.command.u64(0, handle >>> 0);
+    return this.answer(this.native.detachAll());
+  }
+
   munmap(mapping: number): Result {
     const handle = i32('mapping', mapping);
     this.command.u64(0, handle >>> 0);

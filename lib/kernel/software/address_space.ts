@@ -249,6 +249,14 @@ export class AddressSpace {
     if (found && view.length > 0) found.mapping.store.detach(view.byteOffset + found.shift, view.length);
   }
 
+  releaseWindows(handle: number): Result {
+    const mapping = this.#mappings[handle];
+    if (!mapping) return -ERRNO.ENOMEM;
+    for (const { start, end } of mapping.windows) mapping.store.detach(start, end - start);
+    mapping.windows.clear();
+    return 0;
+  }
+
   isWindow(buffer: Uint8Array): boolean {
     return this.#buffers.has(buffer.buffer);
   }

@@ -252,6 +252,10 @@ export abstract class MappingCalls extends SocketCalls {
     this.memory.releaseWindow(bytes('view', view));
   }
 
+  releaseWindows(mapping: number): Result {
+    return this.answer(this.memory.releaseWindows(i32('mapping', mapping)));
+  }
+
   munmap(mapping: number): Result {
     return this.answer(this.memory.unmap(i32('mapping', mapping)));
   }

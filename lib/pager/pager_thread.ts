@@ -94,15 +94,23 @@ async function fillAll(ask: Ask, { uffd, mapping }: NonNullable<Shares>): Promis
 }
 
 function answerAll(ask: Ask): void {
-  process.once('exit', () => post({ error: plainError(new Error('the thread of the page source ended')) }));
+  const asked = new Map<number, FileRange>();
+  process.once('exit', () => {
+    const error = plainError(new Error('the thread of the page source ended'));
+    // The latest is the one that an access waits for.
+    const [range] = [...asked.values()].reverse();
+    post({ error, ...(range && { range }) });
+  });
   port.on('message', async (question: ToThread | 'stop') => {
     if (question === 'stop') process.exit();
     const { id, range } = question;
+    asked.set(id, range);
     try {
       post({ id, content: await ask(range) });
     } catch (error) {
       post({ id, error: plainError(error), range });
     }
+    asked.delete(id);
   });
 }
 

@@ -27,7 +27,13 @@ export function setup(given: Plan): void {
 }
 
 export async function onMissing({ offset, size }: FileRange): Promise<Uint8Array | null> {
-  const { pageSize, failAt = Number.POSITIVE_INFINITY, failure = 'throw', delay, zerosFrom } = plan;
+  const {
+    pageSize,
+    failAt = Number.POSITIVE_INFINITY,
+    failure = 'throw',
+    delay,
+    zerosFrom = Number.POSITIVE_INFINITY,
+  } = plan;
   if (delay) await wait(delay);
   if (offset + size > failAt) {
     if (failure === 'exit') process.exit(1);
@@ -35,8 +41,9 @@ export async function onMissing({ offset, size }: FileRange): Promise<Uint8Array
     if (failure === 'nothing') return undefined as never;
     throw new Error('the line is dead');
   }
-  if (zerosFrom !== undefined && offset >= zerosFrom) return null;
+  if (offset >= zerosFrom) return null;
   const content = new Uint8Array(size);
-  for (let at = 0; at < size; at += pageSize) content.fill(pageByte(offset + at, pageSize), at, at + pageSize);
+  for (let at = 0; at < Math.min(size, zerosFrom - offset); at += pageSize)
+    content.fill(pageByte(offset + at, pageSize), at, at + pageSize);
   return content;
 }

@@ -1,4 +1,5 @@
 // Post-copy: memory whose pages come when they are touched.
+import { setTimeout as wait } from 'node:timers/promises';
 import t from 'tap';
 import { type Exit, GuestAgent, type HostMemory, Pager, type PagerOptions, type PagerProgress } from '../lib/index.ts';
 import { backends, everywhere, refused, rejection, type World } from './backends.ts';
@@ -49,6 +50,7 @@ t.test('pages come when they are touched', async (t) => {
       agent.write(own + 12 * P + 1, Uint8Array.of(8));
       t.same([...vm.memory.read(own + 11 * P, 2)], [pageByte(own + 11 * P, P), 7], 'a write finds the page first');
       t.same([...agent.read(own + 12 * P, 2)], [pageByte(own + 12 * P, P), 8], 'also the guest’s');
+      while (pager.progress.faults < 6) await wait(1);
       const { totalBytes, presentBytes, faults } = pager.progress;
       t.equal(totalBytes, PAGES * P);
       t.equal(presentBytes, 6 * P, 'nobody fetched more than was touched');

@@ -42,7 +42,7 @@ export interface PagerOptions {
 export interface PagerProgress {
   /** Bytes that were missing at the start. */
   readonly totalBytes: number;
-  /** Of these, bytes that have come. */
+  /** Of these, bytes that have come, as far as the pager's thread has told. */
   readonly presentBytes: number;
   /** Pages that an access had to wait for. */
   readonly faults: number;
@@ -229,6 +229,10 @@ class Link {
 
   get progress(): PagerProgress {
     if (!this.#over) this.#drain();
+    return this.#heard;
+  }
+
+  get #heard(): PagerProgress {
     return {
       totalBytes: this.#totalBytes,
       presentBytes: this.#totalBytes - this.#leftBytes,
@@ -314,7 +318,7 @@ class Link {
     this.#leftBytes = leftBytes;
     this.#faults = faults;
     try {
-      this.#onProgress?.(this.progress);
+      this.#onProgress?.(this.#heard);
     } catch (error) {
       // A listener's error is its own.
       queueMicrotask(() => {

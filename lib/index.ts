@@ -22,6 +22,14 @@ export { type BackendName, Kvm, type OpenOptions, type VmOptions } from './kvm.t
 export { MemoryAttributes } from './memory_attributes.ts';
 export { type ConversionNotice, type MemoryHold, MemoryUser, type MemoryUserOptions } from './memory_user.ts';
 export { Memslot, type MemslotOptions } from './memslot.ts';
+export { type ReceivedMemory, type ReceiveMemoryOptions, receiveMemory } from './migration/receive_memory.ts';
+export {
+  type MigrationProgress,
+  type MigrationReport,
+  type SendMemoryOptions,
+  sendMemory,
+  servePages,
+} from './migration/send_memory.ts';
 export type { Arch, KernelVersion, ModelOptions, Proposal } from './model_options.ts';
 export { Pager, type PagerOptions, type PagerProgress } from './pager/pager.ts';
 export type { PageContent, PageSourceModule } from './pager/source.ts';

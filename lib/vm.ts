@@ -88,6 +88,8 @@ export class Vm extends Resource {
   #capabilities: VmCapabilities | null = null;
   /** Why its memory may not change, while that is so. */
   #frozen: string | null = null;
+  /** What the host writes, for who copies the memory meanwhile: a dirty log has only what the guest writes. */
+  #written: RangeMap<true> | null = null;
   /** Runs of its vCPUs that are awaited on this thread. */
   readonly #runs = { count: 0 };
   #nextVcpu = 0;
@@ -441,6 +443,10 @@ export class Vm extends Resource {
       assertIdle: (address: number, size: number) => this.#assertIdle(address, size),
       freeze: (why: string | null) => {
         this.#frozen = why;
+      },
+      written: (address: number, size: number) => this.#written?.set(address, address + size, true),
+      noteWrites: (ranges: RangeMap<true> | null) => {
+        this.#written = ranges;
       },
     };
   }

@@ -35,7 +35,7 @@ type FileImage =
   | { readonly kind: 'guest_memfd'; readonly size: number; readonly flags: number };
 
 /** What a VM's memory is, without its bytes: no pointers, and files by their place in a list. */
-interface MemoryImage {
+export interface MemoryImage {
   readonly magic: string;
   readonly version: number;
   readonly arch: string;
@@ -59,50 +59,60 @@ export class MemoryFds implements Disposable {
    */
   constructor(vm: Vm, data: Uint8Array) {
     const { kernel } = vm.backing;
-    const slots = [...vm.memslots.values()];
-    const memories = new Map<HostMemory, number>();
-    const files = new Map<GuestMemfd, number>();
-    for (const { slot, hostMemory, guestMemfd } of slots) {
+    const { image, memories, files } = describeMemory(vm);
+    for (const { slot, hostMemory, guestMemfd } of vm.memslots.values()) {
       if (hostMemory && hostMemory.backing.fd < 0)
         throw KvmError.unsupported(
           `memslot ${slot} shows ${hostMemory.kind} memory, which is no file: create it with { kind: 'memfd' }`,
         );
-      if (hostMemory && !memories.has(hostMemory)) memories.set(hostMemory, memories.size);
       if (guestMemfd && !hasLinks(kernel, vm)) throw noLinks(`memslot ${slot} is bound to a guest_memfd, which`);
-      if (guestMemfd && !files.has(guestMemfd)) files.set(guestMemfd, files.size);
+      if (hostMemory?.backing.paging())
+        throw KvmError.unsupported(`the memory of memslot ${slot} has a pager, and its pages cannot come elsewhere`);
     }
-    const image: MemoryImage = {
-      magic: MAGIC,
-      version: VERSION,
-      arch: vm.kvm.arch,
-      pageSize: vm.kvm.pageSize,
-      type: vm.type,
-      files: [
-        ...[...memories.keys()].map(({ kind, size, backing }) => ({ kind, size, alignment: backing.alignment })),
-        ...[...files.keys()].map(({ size, flags }) => ({ kind: 'guest_memfd' as const, size, flags: Number(flags) })),
-      ],
-      slots: slots.map((slot) => ({
-        slot: slot.slot,
-        address: slot.address,
-        size: slot.size,
-        hostMemory: slot.hostMemory ? (memories.get(slot.hostMemory) as number) : -1,
-        hostOffset: slot.hostOffset,
-        guestMemfd: slot.guestMemfd ? memories.size + (files.get(slot.guestMemfd) as number) : -1,
-        guestMemfdOffset: slot.guestMemfdOffset,
-        readonly: slot.readonly,
-        logDirtyPages: slot.logDirtyPages,
-      })),
-      privateRanges: vm.attributes.privateRanges(),
-    };
     this.#kernel = kernel;
     this.bytes = image.files.reduce((sum, { size }) => sum + size, 0);
-    const others = [...[...memories.keys()].map(({ backing }) => backing.fd), ...[...files.keys()].map(({ fd }) => fd)];
+    const others = [...memories.map(({ backing }) => backing.fd), ...files.map(({ fd }) => fd)];
     this.fds = [writeImage(kernel, image, data), ...others];
   }
 
   [Symbol.dispose](): void {
     this.#kernel.close(this.fds[0] as number);
   }
+}
+
+/** @returns the image, and the memories and files in the order in which it counts them. */
+export function describeMemory(vm: Vm): {
+  readonly image: MemoryImage;
+  readonly memories: readonly HostMemory[];
+  readonly files: readonly GuestMemfd[];
+} {
+  const slots = [...vm.memslots.values()];
+  const memories = [...new Set(slots.flatMap(({ hostMemory }) => hostMemory ?? []))];
+  const files = [...new Set(slots.flatMap(({ guestMemfd }) => guestMemfd ?? []))];
+  const image: MemoryImage = {
+    magic: MAGIC,
+    version: VERSION,
+    arch: vm.kvm.arch,
+    pageSize: vm.kvm.pageSize,
+    type: vm.type,
+    files: [
+      ...memories.map(({ kind, size, backing }) => ({ kind, size, alignment: backing.alignment })),
+      ...files.map(({ size, flags }) => ({ kind: 'guest_memfd' as const, size, flags: Number(flags) })),
+    ],
+    slots: slots.map((slot) => ({
+      slot: slot.slot,
+      address: slot.address,
+      size: slot.size,
+      hostMemory: slot.hostMemory ? memories.indexOf(slot.hostMemory) : -1,
+      hostOffset: slot.hostOffset,
+      guestMemfd: slot.guestMemfd ? memories.length + files.indexOf(slot.guestMemfd) : -1,
+      guestMemfdOffset: slot.guestMemfdOffset,
+      readonly: slot.readonly,
+      logDirtyPages: slot.logDirtyPages,
+    })),
+    privateRanges: vm.attributes.privateRanges(),
+  };
+  return { image, memories, files };
 }
 
 /** The head says how long the image is; the rest is the user's. */
@@ -158,7 +168,7 @@ export function adoptMemory(kvm: Kvm, kernel: Kernel, fds: readonly number[]): {
   }
 }
 
-function showSlot(vm: Vm, slot: SlotImage, memories: readonly (HostMemory | GuestMemfd)[]): Memslot {
+export function showSlot(vm: Vm, slot: SlotImage, memories: readonly (HostMemory | GuestMemfd)[]): Memslot {
   const [host, file] = [memories[slot.hostMemory], memories[slot.guestMemfd]];
   const { address, size, hostOffset, guestMemfdOffset, readonly, logDirtyPages } = slot;
   return vm.createMemslot({
@@ -250,7 +260,7 @@ function readImage(kernel: Kernel, fd: number): { image: MemoryImage; data: Uint
 }
 
 /** Every number again: it may have come from anybody. */
-function checkedImage(given: MemoryImage): MemoryImage {
+export function checkedImage(given: MemoryImage): MemoryImage {
   const { magic, version, arch, pageSize, type, files, slots, privateRanges } = options('image', given);
   if (magic !== MAGIC) throw bad('it does not say that it is one');
   if (version !== VERSION) throw bad(`its version is ${String(version)}, and only ${VERSION} is known`);
@@ -283,7 +293,7 @@ function checkedImage(given: MemoryImage): MemoryImage {
   };
 }
 
-function bad(why: string): KvmError {
+export function bad(why: string): KvmError {
   return new KvmError({ code: 'EINVAL', message: `what came is no memory image that can be taken: ${why}` });
 }
 

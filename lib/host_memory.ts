@@ -105,6 +105,8 @@ export class HostMemory extends Resource {
   readonly #slots = new Set<Memslot>();
   /** The slots that show its bytes. */
   readonly #shown = new Holds<Memslot>();
+  /** What of it is one VM's alone, by who has it. */
+  readonly #leases = new Holds<string>();
 
   /** @internal */
   static create(
@@ -255,6 +257,7 @@ export class HostMemory extends Resource {
       assertViewable: () => this.#assertViewable(),
       slots: this.#slots,
       shown: this.#shown,
+      leases: this.#leases,
       assertOpen: () => this.assertOpen(),
       advice: this.#advice,
       alignment: this.#alignment,

@@ -1,5 +1,6 @@
 export { type AgentOptions, type ExitHandler, GuestAgent, type TouchOptions } from './agent/guest_agent.ts';
 export type { VmCapabilities } from './capabilities.ts';
+export { CarveOut, type CarveOutOptions, type LedgerEntry, type ReturnOptions } from './carve_out.ts';
 export type { ConversionReport, ConvertOptions } from './conversion.ts';
 export { ConversionPolicy, type ConversionPolicyOptions, type Verdict } from './conversion_policy.ts';
 export { KvmError } from './errors.ts';

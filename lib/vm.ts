@@ -441,6 +441,7 @@ export class Vm extends Resource {
       assertOpen: () => this.assertOpen(),
       assertOwn: () => this.#assertOwn(),
       assertIdle: (address: number, size: number) => this.#assertIdle(address, size),
+      assertUnheld: ({ address, size }: GuestRange) => this.#assertUnheld(address, size),
       freeze: (why: string | null) => {
         this.#frozen = why;
       },
@@ -500,6 +501,18 @@ export class Vm extends Resource {
     if (!at) return;
     const message = `a conversion of ${formatRange(at.range.address, at.range.size)} is at work: await it first`;
     throw new KvmError({ code: 'EBUSY', message });
+  }
+
+  /** Nobody besides the guest uses the range. */
+  #assertUnheld(address: number, size: number): void {
+    const holders = [...this.#owner.holds.holders(address, address + size)];
+    if (holders.length === 0) return;
+    throw new KvmError({
+      code: 'EAGAIN',
+      errno: -ERRNO.EAGAIN,
+      message: `${formatRange(address, size)} is held by ${holders.join(' and ')}: release it first (EAGAIN)`,
+      args: { holders },
+    });
   }
 
   /** Flags and VM types that the kernel would answer with a bare EINVAL or ENOTTY. */

@@ -8,8 +8,10 @@ import { setTimeout as wait } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import t from 'tap';
 import {
+  CarveOut,
   GuestAgent,
   handOver,
+  Kvm,
   MiB,
   preserveAcrossKexec,
   storeInSystemd,
@@ -18,8 +20,10 @@ import {
   type Vm,
 } from '../lib/index.ts';
 import { ERRNO, SOCK_DGRAM, SOCK_SEQPACKET } from '../lib/uapi.ts';
-import { backends, everywhere, refused, rejection, type World } from './backends.ts';
+import { backends, everywhere, type World as On, refused, rejection } from './backends.ts';
+import { describe, INIT_SHARED, MMAP } from './conformance/scenario.ts';
 import { child } from './lifecycle/child_process.ts';
+import { onLinux, World } from './proposals/world.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'guest-memfd-'));
 t.teardown(() => rmSync(folder, { recursive: true }));
@@ -28,7 +32,7 @@ const socketPath = (): string => join(folder, `${++sockets}.sock`);
 const text = (bytes: Uint8Array): string => Buffer.from(bytes).toString();
 
 /** A VM with 4 MiB of memory that can be handed over, in two slots, and a word in each. */
-function memfdVm({ kvm, vm, P }: World): void {
+function memfdVm({ kvm, vm, P }: On): void {
   const ram = kvm.createHostMemory({ size: 4 * MiB, kind: 'memfd' });
   vm.createMemslot({ slot: 3, address: 0, size: 2 * MiB, hostMemory: ram });
   vm.createMemslot({ slot: 7, address: 8 * MiB, size: 2 * MiB, hostMemory: ram, hostOffset: 2 * MiB, readonly: true });
@@ -248,5 +252,147 @@ t.test('to systemd', async (t) => {
 
   await everywhere(t, 'seed 3.6: across kexec only where the host can', async (t, { vm }) => {
     refused(t, () => preserveAcrossKexec(vm), 'UNSUPPORTED', '/dev/liveupdate');
+  });
+});
+
+t.test('to a second VM and back', async (t) => {
+  await everywhere(t, 'seed 3.8: a part of a running VM is a second VM’s for a while', async (t, world) => {
+    const { kvm, vm, P } = world;
+    const ram = kvm.createHostMemory({ size: 8 * MiB, kind: 'memfd' });
+    const slot = vm.createMemslot({ slot: 4, address: 0, size: 8 * MiB, hostMemory: ram });
+    using agent = GuestAgent.boot(vm, { address: 0 });
+    using sidecar = kvm.createVm();
+    const own = kvm.createHostMemory({ size: MiB });
+    sidecar.createMemslot({ address: 0, size: MiB, hostMemory: own });
+    using other = GuestAgent.boot(sidecar, { address: 0 });
+    agent.write(4 * MiB, Buffer.from('for the sidecar'));
+    agent.write(6 * MiB, Buffer.from('stays'));
+
+    const range = { address: 4 * MiB, size: MiB };
+    const carved = CarveOut.create(vm, range, { to: sidecar, address: 2 * MiB });
+    t.equal(text(other.read(2 * MiB, 15)), 'for the sidecar', 'the sidecar’s guest has it');
+    t.equal(text(agent.read(6 * MiB, 5)), 'stays', 'the donor’s guest runs on');
+    refused(t, () => agent.read(4 * MiB, 1), 'EFAULT', 'no memslot');
+    refused(t, () => vm.memory.read(5 * MiB - 1, 1), 'EFAULT');
+    t.equal(slot.removed, true);
+    const ledger = (): unknown[] =>
+      CarveOut.ledger(vm).map(({ range: { address, size }, holder, address: at, carveOut }) => [
+        ...[address / MiB, size / MiB, holder === vm ? 'donor' : 'sidecar', at / MiB, carveOut !== null],
+      ]);
+    t.same(ledger(), [
+      [0, 4, 'donor', 0, false],
+      [4, 1, 'sidecar', 2, true],
+      [5, 3, 'donor', 5, false],
+    ]);
+    refused(t, () => vm.createMemslot({ address: 32 * MiB, size: 8 * MiB, hostMemory: ram }), 'EBUSY', 'carved out');
+    other.write(2 * MiB, Buffer.from('from the sidecar'));
+
+    // The donor may go on giving, and has it back in the reverse order.
+    const second = CarveOut.create(vm, { address: 5 * MiB, size: MiB }, { to: sidecar });
+    refused(t, () => carved.return(), 'EBUSY', 'later');
+    const device = sidecar.addMemoryUser({ name: 'vhost' });
+    const hold = device.hold({ address: 5 * MiB, size: P });
+    t.match(
+      refused(t, () => second.return(), 'EAGAIN', 'vhost'),
+      { args: { holders: ['vhost'] } },
+    );
+    hold.release();
+    other.write(5 * MiB, Buffer.from('secret of the sidecar'));
+    second.return({ content: 'zero' });
+    carved.return();
+    carved.return();
+    t.equal(carved.returned, true);
+    refused(t, () => other.read(2 * MiB, 1), 'EFAULT');
+    t.equal(text(agent.read(4 * MiB, 16)), 'from the sidecar');
+    t.same([...agent.read(5 * MiB, 4)], [0, 0, 0, 0], 'what was returned empty');
+    t.same(ledger(), [[0, 8, 'donor', 0, false]]);
+    t.equal(vm.memslotAt(0)?.slot, 4);
+
+    // A sidecar that is gone has returned its part.
+    const third = CarveOut.create(vm, range, { to: sidecar });
+    other.close();
+    sidecar.close();
+    third[Symbol.dispose]();
+    t.equal(text(agent.read(4 * MiB, 16)), 'from the sidecar');
+  });
+
+  await everywhere(t, 'seed 3.8: a carve-out that cannot be changes nothing', async (t, world) => {
+    const { kvm, vm, P, backend } = world;
+    const ram = kvm.createHostMemory({ size: 16 * P, kind: 'memfd' });
+    vm.createMemslot({ address: 0, size: 16 * P, hostMemory: ram });
+    const other = kvm.createVm();
+    other.createMemslot({ address: 0, size: P, hostMemory: world.host(1) });
+    const range = { address: 4 * P, size: 2 * P };
+    using foreign = backend.open();
+    refused(t, () => CarveOut.create(vm, range, { to: vm }), 'EINVAL');
+    refused(t, () => CarveOut.create(vm, range, { to: foreign.createVm() }), 'EINVAL');
+    refused(t, () => CarveOut.create(vm, { address: 15 * P, size: 2 * P }, { to: other }), 'EFAULT');
+    refused(t, () => CarveOut.create(vm, { address: 1, size: P }, { to: other }), 'EINVAL');
+    refused(t, () => CarveOut.create(vm, range, { to: other, address: 0 }), 'EEXIST');
+    const user = vm.addMemoryUser({ name: 'nvme' });
+    const hold = user.hold({ address: 5 * P, size: P });
+    refused(t, () => CarveOut.create(vm, range, { to: other }), 'EAGAIN', 'nvme');
+    hold.release();
+    t.same(
+      [...vm.memslots.values()].map(({ slot, address, size }) => [slot, address, size]),
+      [[0, 0, 16 * P]],
+    );
+    const file = vm.createGuestMemfd({ size: 4 * P, mmap: true, initShared: true });
+    vm.createMemslot({ address: 32 * P, size: 4 * P, guestMemfd: file });
+    const ofFile = { address: 33 * P, size: P };
+    refused(t, () => CarveOut.create(vm, ofFile, { to: other }), 'UNSUPPORTED', 'KVM_LINK_GUEST_MEMFD');
+  });
+
+  t.test('seed 3.8: a guest_memfd, by the proposed link (software 7.3 x86_64)', async (t) => {
+    using kvm = Kvm.open({ backend: 'software', model: { proposals: ['link'] } });
+    using vm = kvm.createVm();
+    using sidecar = kvm.createVm();
+    const P = kvm.pageSize;
+    const file = vm.createGuestMemfd({ size: 4 * MiB, mmap: true, initShared: true });
+    vm.createMemslot({ address: 0, size: 4 * MiB, guestMemfd: file });
+    sidecar.createMemslot({ address: 0, size: MiB, hostMemory: kvm.createHostMemory({ size: MiB }) });
+    const [agent, other] = [GuestAgent.boot(vm, { address: 0 }), GuestAgent.boot(sidecar, { address: 0 })];
+    agent.write(2 * MiB, Buffer.from('one file'));
+    const carved = CarveOut.create(vm, { address: 2 * MiB, size: MiB }, { to: sidecar });
+    t.equal(text(other.read(2 * MiB, 8)), 'one file');
+    other.write(2 * MiB + P, Buffer.from('two VMs'));
+    refused(t, () => agent.read(2 * MiB, 1), 'EFAULT');
+    carved.return();
+    t.equal(text(agent.read(2 * MiB + P, 7)), 'two VMs');
+
+    // The pages stay as long as one of the VMs has them, also over a hand-over.
+    const path = socketPath();
+    using successor = Kvm.open({ backend: 'software', model: { proposals: ['link'] } });
+    agent.close();
+    const [, taken] = await Promise.all([handOver(vm, { path }), takeOver(successor, { path })]);
+    vm.close();
+    t.equal(text(taken.vm.memory.read(2 * MiB, 8)), 'one file');
+    other.close();
+  });
+
+  t.test('the link at the boundary', async (t) => {
+    const s = new World(t, ['link']);
+    const { kernel } = s;
+    const [vm, second] = [s.vm(), s.vm()];
+    const link = (to: number, args: { fd: number; flags: number }): string => describe(kernel.linkGuestMemfd(to, args));
+    const file = s.gmem(vm, 4, MMAP | INIT_SHARED);
+    t.equal(link(second, { fd: file, flags: 1 }), 'EINVAL');
+    t.equal(link(second, { fd: 999, flags: 0 }), 'EBADF');
+    t.equal(link(second, { fd: s.memfd(1), flags: 0 }), 'EINVAL');
+    t.equal(link(vm, { fd: file, flags: 0 }), 'EINVAL', 'it is this VM’s already');
+    t.equal(link(s.vm(1), { fd: file, flags: 0 }), 'EINVAL', 'a VM of another type');
+    const linked = kernel.linkGuestMemfd(second, { fd: file, flags: 0 });
+    t.ok(linked >= 0);
+    kernel.fallocate(file, 1, 0, 4 * s.P);
+    kernel.close(file);
+    const status: { cache?: number } = {};
+    kernel.cachestat(linked, 0, 0, status);
+    t.equal(status.cache, 4, 'the last file to go frees the pages');
+    kernel.close(linked);
+    onLinux(t, (linux) => {
+      const on = linux.vm();
+      t.match(describe(linux.kernel.linkGuestMemfd(on, { fd: -1, flags: 0 })), /ENOTTY|EINVAL/);
+      t.match(linux.kernel.explain() ?? '', /only proposed/);
+    });
   });
 });

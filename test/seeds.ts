@@ -47,6 +47,9 @@ const rows: readonly Row[] = [
   { id: '2.9', behaviour: 'the grant ring' },
   { id: '2.10', behaviour: 'what each I/O scheme costs' },
   { id: '2.11', behaviour: 'several backings behind one interface' },
+  { id: '3.6', behaviour: 'frozen while it is handed over' },
+  { id: '3.8', behaviour: 'a part of a running VM’s memory for a second VM' },
+  { id: '3.9', behaviour: 'an access waits until its page has come' },
 ];
 
 /** Where a row was shown, and how often. */

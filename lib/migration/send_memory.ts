@@ -38,6 +38,8 @@ export interface MigrationProgress {
   readonly sentBytes: number;
   /** Bytes that this round has to send. */
   readonly roundBytes: number;
+  /** The guest has stopped, and this is the rest. */
+  readonly paused: boolean;
 }
 
 export interface MigrationReport {
@@ -273,7 +275,8 @@ class Sender {
       if (round === 0 && isZero(content)) continue;
       await send(this.#stream, FRAME.pages, pagesHead(index, at, part.size), content);
       this.sentBytes += part.size;
-      this.#onProgress?.({ round, sentBytes: this.sentBytes, roundBytes });
+      const { frozen: paused } = this.#vm;
+      this.#onProgress?.({ round, sentBytes: this.sentBytes, roundBytes, paused });
     }
   }
 }

@@ -497,7 +497,7 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
   uffdRead(uffd: number, milliseconds: number, addresses: bigint[]): Result {
     const own = this.files.get(i32('uffd', uffd))?.kind === 'uffd' ? uffd : -1;
     this.command.i32(0, own).i32(1, i32('milliseconds', milliseconds));
-    if (own < 0) return this.answer(-ERRNO.EBADF);
+    if (own < 0 || milliseconds < 0) return this.answer(own < 0 ? -ERRNO.EBADF : -ERRNO.EINVAL);
     const count = this.native.uffdRead();
     addresses.length = 0;
     for (let index = 0; index < count; index++) addresses.push(this.command.result(index));

@@ -33,8 +33,7 @@ int64_t WithAddress(Environment& environment, const char* path, long number) {
 
 // socket(2) of AF_UNIX, close-on-exec, whose calls do not wait. command: [type]
 int64_t Socket(Environment& environment) {
-  return environment.Own(
-      Syscall(SYS_socket, AF_UNIX, environment.command().i32(0) | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  return environment.Own(Syscall(SYS_socket, AF_UNIX, environment.command().i32(0) | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
 }
 
 // bind(2). command: [fd]
@@ -48,8 +47,8 @@ int64_t Listen(const Command& command) { return Syscall(SYS_listen, command.i32(
 
 // accept4(2), close-on-exec, whose calls do not wait. command: [fd]
 int64_t Accept4(Environment& environment) {
-  return environment.Own(Syscall(SYS_accept4, environment.command().i32(0), nullptr, nullptr,
-                                 SOCK_CLOEXEC | SOCK_NONBLOCK));
+  return environment.Own(
+      Syscall(SYS_accept4, environment.command().i32(0), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
 }
 
 // sendmsg(2), with SCM_RIGHTS when there are fds. command: [fd, count, fds…]

@@ -567,7 +567,8 @@ async function reentrant(each: Method): Promise<void> {
         } catch (error) {
           if (!isTyped(error)) complain(what, error);
           // An object of ours that became a plain one is not even read.
-          if (after !== '' && survivors(kvm, otherKvm) !== after) complain(what, `changed ${after} to ${survivors(kvm, otherKvm)}`);
+          if (after !== '' && survivors(kvm, otherKvm) !== after)
+            complain(what, `changed ${after} to ${survivors(kvm, otherKvm)}`);
         }
         renew();
       }

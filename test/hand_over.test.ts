@@ -27,6 +27,8 @@ import { onLinux, World } from './proposals/world.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'guest-memfd-'));
 t.teardown(() => rmSync(folder, { recursive: true }));
+/** What a successor says that has mapped the memory. */
+const BUILT = Uint8Array.of(1);
 let sockets = 0;
 const socketPath = (): string => join(folder, `${++sockets}.sock`);
 const text = (bytes: Uint8Array): string => Buffer.from(bytes).toString();
@@ -85,6 +87,7 @@ t.test('to a successor', async (t) => {
     const { kernel } = other.backing;
     const fd = kernel.socket(SOCK_SEQPACKET);
     t.equal(kernel.connect(fd, path), 0);
+    kernel.sendmsg(fd, BUILT, []);
     while (!vm.frozen) await wait(1);
     const notNow: Record<string, () => unknown> = {
       'the guest runs': () => agent.read(P, 1),
@@ -122,6 +125,7 @@ t.test('to a successor', async (t) => {
     const { kernel } = other.backing;
     const fd = kernel.socket(SOCK_SEQPACKET);
     kernel.connect(fd, path);
+    kernel.sendmsg(fd, BUILT, []);
     while (!vm.frozen) await wait(1);
     kernel.close(fd);
     t.match(await offer, { code: 'EPIPE', message: /successor went away/ });
@@ -130,6 +134,25 @@ t.test('to a successor', async (t) => {
     const second = socketPath();
     const [, { vm: taken }] = await Promise.all([handOver(vm, { path: second }), takeOver(other, { path: second })]);
     t.equal(text(taken.memory.read(P, 3)), 'and', 'the next one has it');
+  });
+
+  await everywhere(t, 'seed 3.6: the layout may change until the VM is frozen', async (t, world) => {
+    const { vm, kvm, P, backend } = world;
+    memfdVm(world);
+    using successor = backend.open();
+    const path = socketPath();
+    const prepare = (): Uint8Array => {
+      t.equal(vm.frozen, false, 'the guest may still run');
+      vm.memslots.get(7)?.remove();
+      const more = kvm.createHostMemory({ size: P, kind: 'memfd' });
+      vm.createMemslot({ address: 64 * MiB, size: P, hostMemory: more });
+      vm.memory.write(64 * MiB, Buffer.from('late'));
+      return Buffer.from('registers');
+    };
+    const [, taken] = await Promise.all([handOver(vm, { path, prepare }), takeOver(successor, { path })]);
+    t.same(layout(taken.vm), layout(vm));
+    t.equal(text(taken.vm.memory.read(64 * MiB, 4)), 'late');
+    t.equal(text(taken.data), 'registers');
   });
 
   await everywhere(t, 'seed 3.6: what cannot be handed over is refused before anybody waits', async (t, world) => {
@@ -384,7 +407,7 @@ t.test('to a second VM and back', async (t) => {
     const linked = kernel.linkGuestMemfd(second, { fd: file, flags: 0 });
     t.ok(linked >= 0);
     kernel.fallocate(file, 1, 0, 4 * s.P);
-    kernel.close(file);
+    s.closeFd(file);
     const status: { cache?: number } = {};
     kernel.cachestat(linked, 0, 0, status);
     t.equal(status.cache, 4, 'the last file to go frees the pages');

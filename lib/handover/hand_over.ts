@@ -7,13 +7,13 @@ import { ERRNO, POLLIN, SOCK_SEQPACKET } from '../uapi.ts';
 import { abortSignal, options, text, typeError } from '../validate.ts';
 import { Vm } from '../vm.ts';
 import { freeze } from './freeze.ts';
-import { adoptMemory, checked, MemoryFds } from './memory_image.ts';
+import { adoptMemory, checked, imageData, MemoryFds } from './memory_image.ts';
 
 export interface HandOverOptions {
   /** Where to wait for the successor: a path for a Unix socket, or an abstract name with a leading '@', which every local user can reach. */
   readonly path: string;
   /**
-   * Called when the successor is there and nothing is frozen yet: the moment to stop vCPUs. What it returns goes to the successor as `data`:
+   * Called when the successor has mapped the memory and nothing is frozen yet: the moment to stop vCPUs. What it returns goes to the successor as `data`:
    * registers, device states, whatever the memory does not hold.
    */
   readonly prepare?: () => undefined | Uint8Array | Promise<undefined | Uint8Array>;
@@ -45,12 +45,13 @@ export interface TakenMemory {
 const MESSAGE_FDS = 32;
 /** How often to look whether the other side has said something: milliseconds. */
 const LOOK = 1;
-const WORD = { ready: 1, yours: 2, done: 3 } as const;
+/** In the order in which they are said: by the successor, but for `yours`. */
+const WORD = { built: 1, ready: 2, yours: 3, done: 4 } as const;
 
 /**
- * Gives the memory of a VM to a successor, in this process or another, without copying a byte: its files go over a Unix socket. From the
- * moment the successor is there until it has everything the VM is frozen: no page comes or goes, nothing changes sides, and no vCPU of this thread
- * runs (`EPERM`). If it is cancelled, or the successor dies, all of it thaws and the VM goes on. Afterwards the memory is the successor's: the VM stays frozen
+ * Gives the memory of a VM to a successor, in this process or another, without copying a byte: its files go over a Unix socket. While
+ * the successor maps them the guest runs; then, until the successor has everything, the VM is frozen: no page comes or goes, nothing changes
+ * sides, and no vCPU of this thread runs (`EPERM`). If it is cancelled, or the successor dies, all of it thaws and the VM goes on. Afterwards the memory is the successor's: the VM stays frozen
  * and is there to be closed.
  *
  * @throws KvmError `UNSUPPORTED` memory that is no file, or a guest_memfd, which serves one VM until `link` exists · `EADDRINUSE` the path is
@@ -70,17 +71,26 @@ export async function handOver(vm: Vm, given: HandOverOptions): Promise<HandOver
   assertOwn();
   // What cannot be handed over is to be known now, and not when the successor is there.
   new MemoryFds(vm, new Uint8Array())[Symbol.dispose]();
+  const check = (): void => {
+    assertOpen();
+    vm.assertThawed();
+  };
   const [connection, stop] = await successor(kernel, path, signal);
   let thaw: (() => void) | null = null;
   try {
+    // First the files, while the guest runs: to map them and to make memslots may take the successor long.
+    assertOpen();
+    using early = new MemoryFds(vm, new Uint8Array());
+    sendFds(kernel, connection, early.fds);
+    await expect(kernel, connection, WORD.built, signal, check);
     const data = bytes('what prepare returned', (await prepare?.()) ?? new Uint8Array());
     signal?.throwIfAborted();
     assertOpen();
     const start = performance.now();
     thaw = freeze(vm, 'the memory of this VM is being handed over: cancel that, or close the VM');
     using memory = new MemoryFds(vm, data);
-    sendFds(kernel, connection, memory.fds);
-    await expect(kernel, connection, WORD.ready, signal, () => assertOpen());
+    sendFds(kernel, connection, memory.isSame(early) ? memory.fds.slice(0, 1) : memory.fds);
+    await expect(kernel, connection, WORD.ready, signal, assertOpen);
     say(kernel, connection, WORD.yours);
     // From here on only the successor's death gives the memory back.
     await expect(kernel, connection, WORD.done);
@@ -118,8 +128,17 @@ export async function takeOver(kvm: Kvm, given: TakeOverOptions): Promise<TakenM
         { syscall: 'connect', args: { path } },
         kernel.explain() ?? `nobody hands memory over at ${path}`,
       );
+    taken = adoptMemory(kvm, kernel, await receiveFds(kernel, connection, signal));
+    say(kernel, connection, WORD.built);
+    // The image again, with the data; and all files only if the layout has changed meanwhile.
     const fds = await receiveFds(kernel, connection, signal);
-    taken = adoptMemory(kvm, kernel, fds);
+    if (fds.length === 1) {
+      taken = { vm: taken.vm, data: imageData(kernel, fds[0] as number) };
+    } else {
+      discard(taken.vm);
+      taken = null;
+      taken = adoptMemory(kvm, kernel, fds);
+    }
     say(kernel, connection, WORD.ready);
     await expect(kernel, connection, WORD.yours, signal);
     // If the predecessor is gone by now, the memory is ours all the more.

@@ -52,6 +52,8 @@ export class MemoryFds implements Disposable {
   /** Bytes of guest memory in the files. */
   readonly bytes: number;
   readonly #kernel: Kernel;
+  readonly #image: string;
+  readonly #files: readonly object[];
 
   /**
    * @param data The user's own, for who takes the memory.
@@ -70,9 +72,18 @@ export class MemoryFds implements Disposable {
         throw KvmError.unsupported(`the memory of memslot ${slot} has a pager, and its pages cannot come elsewhere`);
     }
     this.#kernel = kernel;
+    this.#image = JSON.stringify(image);
+    this.#files = [...memories, ...files];
     this.bytes = image.files.reduce((sum, { size }) => sum + size, 0);
     const others = [...memories.map(({ backing }) => backing.fd), ...files.map(({ fd }) => fd)];
-    this.fds = [writeImage(kernel, image, data), ...others];
+    this.fds = [writeImage(kernel, this.#image, data), ...others];
+  }
+
+  /** Whether the memory is laid out as it was, on the same files. */
+  isSame(other: MemoryFds): boolean {
+    const files =
+      this.#files.length === other.#files.length && this.#files.every((file, at) => file === other.#files[at]);
+    return files && this.#image === other.#image;
   }
 
   [Symbol.dispose](): void {
@@ -116,8 +127,8 @@ export function describeMemory(vm: Vm): {
 }
 
 /** The head says how long the image is; the rest is the user's. */
-function writeImage(kernel: Kernel, image: MemoryImage, data: Uint8Array): number {
-  const text = new TextEncoder().encode(JSON.stringify(image));
+function writeImage(kernel: Kernel, image: string, data: Uint8Array): number {
+  const text = new TextEncoder().encode(image);
   const bytes = new Uint8Array(8 + text.length + data.length);
   new DataView(bytes.buffer).setUint32(0, text.length, true);
   bytes.set(text, 8);
@@ -181,6 +192,15 @@ export function showSlot(vm: Vm, slot: SlotImage, memories: readonly (HostMemory
     readonly,
     logDirtyPages,
   });
+}
+
+/** The user's data of an image that came alone. The fd is closed. */
+export function imageData(kernel: Kernel, fd: number): Uint8Array {
+  try {
+    return readImage(kernel, fd).data;
+  } finally {
+    kernel.close(fd);
+  }
 }
 
 function mapped(kvm: Kvm, kernel: Kernel, fd: number, file: Exclude<FileImage, { kind: 'guest_memfd' }>): HostMemory {

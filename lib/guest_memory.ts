@@ -109,7 +109,7 @@ export class GuestMemory {
       if (done < size) throw this.#fault('write', address + position + done, size - done, 'the host has no page there');
       position += size;
     }
-    this.#owner.vm.backing.written(address, plain.length);
+    this.#owner.vm.written(address, plain.length);
   }
 
   /**

@@ -445,11 +445,15 @@ export class Vm extends Resource {
       freeze: (why: string | null) => {
         this.#frozen = why;
       },
-      written: (address: number, size: number) => this.#written?.set(address, address + size, true),
       noteWrites: (ranges: RangeMap<true> | null) => {
         this.#written = ranges;
       },
     };
+  }
+
+  /** @internal */
+  written(address: number, size: number): void {
+    if (size > 0) this.#written?.set(address, address + size, true);
   }
 
   /** @internal */

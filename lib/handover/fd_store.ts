@@ -3,7 +3,7 @@ import { bytes } from '../kernel/arguments.ts';
 import type { Kernel } from '../kernel/kernel.ts';
 import { LinuxKernel } from '../kernel/linux/linux_kernel.ts';
 import { Kvm } from '../kvm.ts';
-import { SOCK_DGRAM } from '../uapi.ts';
+import { ERRNO, SOCK_DGRAM } from '../uapi.ts';
 import { options, rangeError, text, typeError } from '../validate.ts';
 import { Vm } from '../vm.ts';
 import { freeze } from './freeze.ts';
@@ -31,6 +31,8 @@ export interface StoredMemory {
 
 const FIRST_FD = 3;
 const DEFAULT_NAME = 'guest-memfd';
+/** Milliseconds that systemd's queue may stay full. */
+const TRIES = 1000;
 
 /**
  * Gives the files of a VM's memory to systemd, which keeps them while the service is restarted: `FDSTORE=1` of the notify protocol. No vCPU may
@@ -134,7 +136,14 @@ function notify(kernel: Kernel, path: string, run: (send: (message: string, fd?:
       throw systemError(connected, { syscall: 'connect', args: { path } }, `$NOTIFY_SOCKET, ${path}, does not answer`);
     run((message, fd) => {
       const text = new TextEncoder().encode(message);
-      checked(kernel, kernel.sendmsg(socket, text, fd === undefined ? [] : [fd]), 'sendmsg');
+      const fds = fd === undefined ? [] : [fd];
+      let result = kernel.sendmsg(socket, text, fds);
+      // systemd reads a few at a time.
+      for (let tries = 0; result === -ERRNO.EAGAIN && tries < TRIES; tries++) {
+        Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1);
+        result = kernel.sendmsg(socket, text, fds);
+      }
+      checked(kernel, result, 'sendmsg');
     });
   } finally {
     kernel.close(socket);

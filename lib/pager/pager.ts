@@ -65,7 +65,8 @@ export interface SourceFailure {
  * has the pages runs on a thread of its own, so that this thread may be the one that waits.
  *
  * There are no views of the memory until all of it has come: they could not wait everywhere. If the source fails, what has not come is gone
- * for good: a vCPU that touches it leaves with 'page-source-failed', everything else finds `EFAULT`.
+ * for good: a vCPU that touches it leaves with 'page-source-failed', everything else finds `EFAULT`. A source that neither answers nor fails keeps who
+ * waits: close the pager before the VM then.
  *
  * @see userfaultfd(2), UFFDIO_COPY; memory shared with other processes since Linux 4.11
  */
@@ -308,7 +309,7 @@ class Link {
     this.#fail(new Error('the thread of the page source ended'));
     if (!this.#here) {
       // It may not have come to say what is missing: then nothing of it can be believed.
-      if (this.#begun && !this.#accounted) this.#filler.fail();
+      if (this.#begun && !this.#accounted && !this.#memory.closed) this.#filler.fail();
       this.#kernel.close(this.#uffd);
     }
     this.#port.close();

@@ -545,9 +545,10 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
 
   recvmsg(fd: number, target: Uint8Array, fds: number[]): Result {
     const plain = bytes('target', target);
-    this.command.i32(0, this.own(fd));
-    const result = this.native.recvmsg(plain);
+    const own = this.own(fd);
     fds.length = 0;
+    this.command.i32(0, own);
+    const result = this.native.recvmsg(plain);
     const count = result < 0 ? 0 : Number(this.command.result(0));
     const got = Array.from({ length: count }, (_, index) => Number(this.command.result(1 + index)));
     fds.push(...got.map((each) => this.files.put(each, new OpenFile('file'))));

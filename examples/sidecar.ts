@@ -41,7 +41,7 @@ guest.write(6 * MiB, Buffer.from('meanwhile'));
 const letter = text(filter.read(SIDECAR_AT, 28));
 const at = letter.indexOf('secret');
 filter.write(SIDECAR_AT + at, Buffer.from('******'));
-console.log(`the sidecar       reads '${letter}' and blots out six letters; the VMM returns it:`);
+console.log(`the sidecar reads '${letter}',\n                  and blots out six letters; the VMM returns the memory:`);
 carved.return();
 ledger();
 console.log(`the guest reads   '${text(guest.read(INBOX, 28))}'`);

@@ -17,6 +17,7 @@
         'native/job.cc',
         'native/mapping.cc',
         'native/share.cc',
+        'native/socket.cc',
         'native/struct.cc',
         'native/system.cc',
         'native/unicorn.cc',

@@ -13,6 +13,7 @@ import { parseArgs } from 'node:util';
 import { benchCalls } from './calls.ts';
 import { benchCopies } from './copies.ts';
 import { benchCycles } from './cycles.ts';
+import { benchHandOver } from './hand_over.ts';
 import { meetsBar, type Result, type Row } from './measure.ts';
 import { benchConversions, benchModel } from './model.ts';
 import { benchPlanning } from './planning.ts';
@@ -32,6 +33,7 @@ const sections: Readonly<Record<string, Section>> = {
   model: { title: 'Software kernel: many ranges, and single calls', run: benchModel },
   planning: { title: 'A conversion, and what is beside it', run: benchPlanning },
   ranges: { title: 'RangeMap', run: benchRanges },
+  handover: { title: 'Hand-over: how long the guest stands still', run: benchHandOver },
   cycles: { title: 'Create and close VM, guest_memfd, slots and windows', run: benchCycles },
 };
 

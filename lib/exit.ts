@@ -1,3 +1,4 @@
+import type { KvmError } from './errors.ts';
 import type { GuestRange, Visibility } from './guest_range.ts';
 import { KVM_EXIT } from './uapi.ts';
 
@@ -55,7 +56,18 @@ export interface HypercallExit {
   reply(value: bigint): void;
 }
 
+/** The guest touched a page whose source has failed: it will never come. See Pager. */
+export interface PageSourceFailedExit {
+  readonly reason: 'page-source-failed';
+  /** Guest physical address where the source failed, in bytes; what has not come is gone from there and everywhere. */
+  readonly address: number;
+  readonly size: number;
+  /** `EIO`, with what the source threw as its cause; `ERR_CLOSED` when the pager was closed. */
+  readonly error: KvmError;
+}
+
 export type Exit =
+  | PageSourceFailedExit
   | IoExit
   | MmioExit
   | MemoryFaultExit

@@ -75,7 +75,7 @@ export class GuestMemfd extends Resource {
    * Makes pages exist. What they hold stays; new ones read as zeros.
    *
    * @param range Bytes of the file, page-aligned; the whole file when omitted.
-   * @throws KvmError `EINVAL` unaligned range · `ENOMEM`, `EINTR` (the pages allocated so far stay) · `ERR_CLOSED`
+   * @throws KvmError `EINVAL` unaligned range · `ENOMEM`, `EINTR` (the pages allocated so far stay) · `EPERM` the VM is handed over · `ERR_CLOSED`
    * @see fallocate(2) with FALLOC_FL_KEEP_SIZE
    */
   allocate(range?: FileRange): void {
@@ -266,6 +266,7 @@ export class GuestMemfd extends Resource {
   #fallocate(mode: number, range?: FileRange): void {
     const { offset, size } = fileRange('range', range, this.size);
     this.assertOpen();
+    this.#vm.assertThawed();
     this.#check(this.#kernel.fallocate(this.#fd, mode, offset, size), 'fallocate', { mode, offset, length: size });
   }
 

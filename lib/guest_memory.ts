@@ -1,7 +1,7 @@
 import { constants } from 'node:buffer';
 import { KvmError } from './errors.ts';
 import { formatRange } from './format.ts';
-import { keptAlive, WINDOW_MAX } from './host_memory.ts';
+import { HostMemory, keptAlive, WINDOW_MAX } from './host_memory.ts';
 import { bytes } from './kernel/arguments.ts';
 import type { Kernel } from './kernel/kernel.ts';
 import type { Memslot } from './memslot.ts';
@@ -101,6 +101,7 @@ export class GuestMemory {
   write(address: number, data: Uint8Array): void {
     const plain = bytes('data', data);
     this.#owner.assertOpen();
+    this.#owner.vm.assertThawed();
     let position = 0;
     for (const { mapping, offset, size } of this.#plan(address, plain.length, 'write')) {
       const copied = this.#owner.kernel.poke(mapping, offset, plain.subarray(position, position + size));
@@ -108,6 +109,7 @@ export class GuestMemory {
       if (done < size) throw this.#fault('write', address + position + done, size - done, 'the host has no page there');
       position += size;
     }
+    this.#owner.vm.written(address, plain.length);
   }
 
   /**
@@ -127,6 +129,7 @@ export class GuestMemory {
     const key = `${address} ${length}`;
     const known = this.#views.get(key)?.bytes();
     if (known) return known;
+    if (HostMemory.is(piece.owner)) piece.owner.backing.assertViewable();
     const view = this.#owner.kernel.window(piece.mapping, piece.offset, length, true);
     keptAlive.set(view.buffer, piece.owner);
     this.#sweep();

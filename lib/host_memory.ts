@@ -79,6 +79,15 @@ function checked(
   return result;
 }
 
+/** Whoever brings the pages of a memory. */
+export interface Paging {
+  /** Why not all of them will come, and the first that will not. */
+  failure(): { readonly error: KvmError; readonly range: FileRange } | null;
+}
+
+/** How many memories have one, so that those who ask for failures need not look. */
+export const paged = { count: 0 };
+
 /**
  * Memory of this process that memslots can show to a guest: the shared side. Pages come into being when they are first touched.
  *
@@ -91,12 +100,19 @@ export class HostMemory extends Resource {
   readonly #kernel: Kernel;
   readonly #kvm: Kvm;
   readonly #mapping: number;
+  readonly #fd: number;
   readonly #alignment: number;
+  /** Why its pages may neither come nor go, while that is so. */
+  #frozen: string | null = null;
+  /** What brings its pages; stays when it has failed. */
+  #paging: Paging | null = null;
   readonly #slots = new Set<Memslot>();
   /** What locked slots keep in memory. */
   readonly #locked = new Holds<Memslot>();
   /** The slots that show its bytes. */
   readonly #shown = new Holds<Memslot>();
+  /** What of it is one VM's alone, by who has it. */
+  readonly #leases = new Holds<string>();
 
   /** @internal */
   static create(
@@ -143,6 +159,7 @@ export class HostMemory extends Resource {
     this.#kernel = kernel;
     this.#kvm = kvm;
     this.#mapping = mapping;
+    this.#fd = fd;
     this.#alignment = memory.alignment;
     this.kind = memory.kind;
     this.size = memory.size;
@@ -165,12 +182,13 @@ export class HostMemory extends Resource {
    * also when a `vm.memory.view()` of the same memory is.
    *
    * @param range Bytes, at most 4 GiB; all of it when omitted.
-   * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `ERR_CLOSED`
+   * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `EBUSY` a pager brings its pages · `EIO` that failed · `ERR_CLOSED`
    */
   bytes(range?: FileRange): Uint8Array {
     const { offset, size } = fileRange('range', range, this.size);
     this.assertOpen();
     if (size > WINDOW_MAX) throw rangeError(`a view has at most ${formatBytes(WINDOW_MAX)}; ask for a part`);
+    this.#assertViewable();
     const view = this.#kernel.window(this.#mapping, offset, size);
     keptAlive.set(view.buffer, this);
     return view;
@@ -181,7 +199,7 @@ export class HostMemory extends Resource {
    *
    * @param range Bytes, aligned to the page size ('hugetlb': to its page size).
    * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `EOPNOTSUPP` (a file system without holes), `UNSUPPORTED` for secret memory, `EBUSY` a memslot
-   *   that shows it is locked, `ERR_CLOSED` · what a user threw
+   *   that shows it is locked, `EPERM` while it is handed over, `ERR_CLOSED` · what a user threw
    * @see madvise(2) with MADV_DONTNEED; for a 'memfd' or 'file' with MADV_REMOVE
    */
   discard(range: FileRange): void {
@@ -191,6 +209,7 @@ export class HostMemory extends Resource {
     refuseIfLocked(this.#locked, offset, size, `host memory (${this.kind}, ${formatBytes(this.size)})`);
     tellOfDiscard(this.#shown.holders(offset, offset + size), 'hostOffset', { offset, size });
     this.assertOpen();
+    assertThawed(this.#frozen);
     checked(this.#kernel, this.#kernel.madvise(this.#mapping, offset, size, this.#advice), 'madvise', { offset, size });
   }
 
@@ -255,9 +274,21 @@ export class HostMemory extends Resource {
     return {
       kvm: this.#kvm,
       mapping: this.#mapping,
+      /** -1 where it is no file's, or another thread's. */
+      fd: this.#fd,
+      freeze: (why: string | null) => {
+        this.#frozen = why;
+      },
+      paging: () => this.#paging,
+      setPaging: (paging: Paging | null) => {
+        paged.count += Number(paging !== null) - Number(this.#paging !== null);
+        this.#paging = paging;
+      },
+      assertViewable: () => this.#assertViewable(),
       slots: this.#slots,
       shown: this.#shown,
       locked: this.#locked,
+      leases: this.#leases,
       assertOpen: () => this.assertOpen(),
       advice: this.#advice,
       alignment: this.#alignment,
@@ -271,6 +302,15 @@ export class HostMemory extends Resource {
     return { offset, size };
   }
 
+  #assertViewable(): void {
+    if (!this.#paging) return;
+    const failure = this.#paging.failure();
+    if (failure) throw failure.error;
+    const message =
+      'not all of its pages have come, and a view could not wait for them: read and write through vm.memory';
+    throw new KvmError({ code: 'EBUSY', errno: -ERRNO.EBUSY, message: `${message} (EBUSY)` });
+  }
+
   get #advice(): number {
     return this.kind === 'memfd' || this.kind === 'file' ? MADV_REMOVE : MADV_DONTNEED;
   }
@@ -278,6 +318,11 @@ export class HostMemory extends Resource {
 
 /** A view keeps the memory it shows, although nobody else may refer to it any more. */
 export const keptAlive = new WeakMap<ArrayBufferLike, object>();
+
+/** @throws KvmError `EPERM` */
+export function assertThawed(frozen: string | null): void {
+  if (frozen !== null) throw new KvmError({ code: 'EPERM', errno: -ERRNO.EPERM, message: `${frozen} (EPERM)` });
+}
 
 /** @throws KvmError `EBUSY` */
 export function refuseIfInUse(slots: ReadonlySet<Memslot>, what: string): void {

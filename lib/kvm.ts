@@ -110,6 +110,11 @@ export class Kvm extends Resource {
     return share;
   }
 
+  /** @internal */
+  get backing() {
+    return { kernel: this.#kernel, fd: this.#fd, assertOpen: () => this.assertOpen() };
+  }
+
   /** The types of VM that can be created here. */
   get vmTypes(): ReadonlySet<VmType> {
     this.assertOpen();

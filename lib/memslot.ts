@@ -470,6 +470,12 @@ function checkBacking(vm: Vm, { size, hostMemory, hostOffset, guestMemfd, guestM
         `hostOffset + size is ${hostOffset + size}, past the end of the host memory, ${hostMemory.size}`,
       );
     }
+    const [holder] = hostMemory.backing.leases.holders(hostOffset, hostOffset + size);
+    if (holder !== undefined)
+      throw new KvmError({
+        code: 'EBUSY',
+        message: `a part of the host memory was carved out, and ${holder} of another VM has it`,
+      });
   }
   if (guestMemfd) {
     guestMemfd.backing.assertOpen();

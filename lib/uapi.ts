@@ -103,6 +103,8 @@ export const FALLOC_FL_ZERO_RANGE = 0x10;
 export const FALLOC_FL_INSERT_RANGE = 0x20;
 export const FALLOC_FL_UNSHARE_RANGE = 0x40;
 export const FALLOC_FL_WRITE_ZEROES = 0x80;
+export const SOCK_DGRAM = 2;
+export const SOCK_SEQPACKET = 5;
 export const POLLIN = 1;
 export const POLLOUT = 4;
 export const EPOLL_CTL_ADD = 1;
@@ -161,6 +163,7 @@ export const MPOL_WEIGHTED_INTERLEAVE = 6;
 export const UFFDIO_REGISTER_MODE_MISSING = 1;
 export const UFFDIO_REGISTER_MODE_WP = 2;
 export const UFFDIO_REGISTER_MODE_MINOR = 4;
+export const UFFD_FEATURE_MISSING_SHMEM = 1 << 5;
 export const UFFD_FEATURE_WP_ASYNC = 1 << 15;
 
 /** Linux error numbers by name: not those of the host, which may be macOS or Windows. */
@@ -198,7 +201,16 @@ export const ERRNO = {
   ELOOP: 40,
   ETIME: 62,
   EOVERFLOW: 75,
+  ENOTSOCK: 88,
+  EMSGSIZE: 90,
+  EPROTOTYPE: 91,
+  EPROTONOSUPPORT: 93,
   EOPNOTSUPP: 95,
+  EADDRINUSE: 98,
+  ECONNRESET: 104,
+  EISCONN: 106,
+  ENOTCONN: 107,
+  ECONNREFUSED: 111,
   EHWPOISON: 133,
 } as const;
 export type ErrnoName = keyof typeof ERRNO;

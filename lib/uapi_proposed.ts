@@ -11,6 +11,9 @@ export const SET_MEMORY_ATTRIBUTES2_ZERO = 1;
 export const SET_MEMORY_ATTRIBUTES2_PRESERVE = 2;
 export const SET_MEMORY_ATTRIBUTES2_FLAGS = SET_MEMORY_ATTRIBUTES2_ZERO | SET_MEMORY_ATTRIBUTES2_PRESERVE;
 
+/** On a VM: a guest_memfd of another VM as a file of this one. */
+export const KVM_LINK_GUEST_MEMFD = 0xc040aed6;
+
 /** Of F_ADD_SEALS: the file is for a guest alone. Its first posting said 0x20, which has become F_SEAL_EXEC since. */
 export const F_SEAL_GUEST = 0x40;
 

@@ -1,7 +1,9 @@
 import { KvmError, systemError } from './errors.ts';
 import { type Exit, ExitDecoder } from './exit.ts';
 import type { GuestRange, Visibility } from './guest_range.ts';
+import { paged } from './host_memory.ts';
 import type { Kernel, Result } from './kernel/kernel.ts';
+import { sourceFailure } from './pager/source_failure.ts';
 import { type RegisterFile, registerFile } from './registers.ts';
 import { closing, guardConstructor, type internal, Resource } from './resource.ts';
 import { readStatistics, type Statistics } from './statistics.ts';
@@ -65,6 +67,7 @@ export class Vcpu extends Resource {
   run(given?: RunOptions): Exit {
     const timeout = timeoutOf(given);
     this.assertOpen();
+    this.#vm.assertThawed();
     return this.#exit(this.#kernel.run(this.#fd, timeout));
   }
 
@@ -79,14 +82,18 @@ export class Vcpu extends Resource {
     const timeout = timeoutOf(given);
     signal?.throwIfAborted();
     this.assertOpen();
+    this.#vm.assertThawed();
+    const { runs } = this.#vm.backing;
     const kick = (): void => void this.#kernel.kick(this.#fd);
     signal?.addEventListener('abort', kick, { once: true });
+    runs.count++;
     try {
       const result = await this.#kernel.runAsync(this.#fd, timeout);
       signal?.throwIfAborted();
       this.assertOpen();
       return this.#exit(result);
     } finally {
+      runs.count--;
       signal?.removeEventListener('abort', kick);
     }
   }
@@ -151,8 +158,11 @@ export class Vcpu extends Resource {
   #exit(result: Result): Exit {
     if (result >= 0) {
       this.#fault = null;
-      return this.#decoder.decode();
+      const exit = this.#decoder.decode();
+      return paged.count > 0 && exit.reason === 'mmio' ? (sourceFailure(this.#vm, exit.address) ?? exit) : exit;
     }
+    const failed = paged.count > 0 && result === -ERRNO.EFAULT && sourceFailure(this.#vm);
+    if (failed) return failed;
     if (result === -ERRNO.EINTR) return { reason: this.#kernel.deadlinePassed(this.#fd) ? 'timeout' : 'interrupted' };
     // Only an errno of a fault makes the reason in kvm_run believable: it may be left over. Contract §13.1.
     const faults: readonly number[] = [-ERRNO.EFAULT, -ERRNO.EHWPOISON, -ERRNO.ENOMEM];

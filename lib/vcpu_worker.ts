@@ -4,6 +4,7 @@ import { MessageChannel, receiveMessageOnPort, Worker } from 'node:worker_thread
 import { KvmError } from './errors.ts';
 import type { Exit } from './exit.ts';
 import { bytes } from './kernel/arguments.ts';
+import { sourceFailure } from './pager/source_failure.ts';
 import { guardConstructor, internal, Resource } from './resource.ts';
 import { integer, options, text, typeError } from './validate.ts';
 import { timeoutOf } from './vcpu.ts';
@@ -100,14 +101,19 @@ export class VcpuWorker extends Resource {
     const pending = this.#pending;
     if (pending.busy)
       throw new KvmError({ code: 'EBUSY', message: `the next exit of vCPU ${this.id} is awaited already` });
+    this.#vm.assertThawed();
+    const { runs } = this.#vm.backing;
     const { answer } = pending;
     pending.answer = {};
     pending.busy = true;
+    runs.count++;
     try {
       // A copy: whoever had the bytes may have transferred them.
       const exit = await this.#link.next(
         answer.data ? { ...answer, data: bytes('data', answer.data).slice() } : answer,
       );
+      const failed = exit.reason === 'mmio' ? sourceFailure(this.#vm, exit.address) : null;
+      if (failed) return failed;
       const next: { data?: Uint8Array; reply?: bigint } = {};
       pending.answer = next;
       if (exit.reason === 'io' || exit.reason === 'mmio') next.data = exit.data;
@@ -119,7 +125,13 @@ export class VcpuWorker extends Resource {
           next.reply = value;
         },
       };
+    } catch (error) {
+      // A vCPU on another thread knows nothing of this thread's pagers.
+      const failed = error instanceof KvmError && error.code === 'EFAULT' ? sourceFailure(this.#vm) : null;
+      if (failed) return failed;
+      throw error;
     } finally {
+      runs.count--;
       pending.busy = false;
     }
   }
@@ -143,7 +155,8 @@ export class VcpuWorker extends Resource {
   }
 }
 
-function moduleUrl(module: string | URL): string {
+/** @internal */
+export function moduleUrl(module: string | URL): string {
   if (module instanceof URL) return module.href;
   return text('module', module).startsWith('file:') ? module : pathToFileURL(module).href;
 }

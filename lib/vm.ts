@@ -8,7 +8,7 @@ import { GuestMemfd } from './guest_memfd.ts';
 import { GuestMemory } from './guest_memory.ts';
 import type { GuestRange, Visibility } from './guest_range.ts';
 import { Holds } from './holds.ts';
-import { HostMemory } from './host_memory.ts';
+import { assertThawed, HostMemory } from './host_memory.ts';
 import type { Kernel, MemoryAttributesArgs, Result } from './kernel/kernel.ts';
 import { linuxKernel } from './kernel/linux/linux_kernel.ts';
 import { type BackendName, capabilityNumber, Kvm, shareError } from './kvm.ts';
@@ -89,6 +89,12 @@ export class Vm extends Resource {
   /** Conversions at work, or waiting for others, in the order they were asked for; and when each has ended. */
   readonly #converting = new Map<Conversion, Promise<unknown>>();
   #capabilities: VmCapabilities | null = null;
+  /** Why its memory may not change, while that is so. */
+  #frozen: string | null = null;
+  /** What the host writes, for who copies the memory meanwhile: a dirty log has only what the guest writes. */
+  #written: RangeMap<true> | null = null;
+  /** Runs of its vCPUs that are awaited on this thread. */
+  readonly #runs = { count: 0 };
   #nextVcpu = 0;
   /** Those of this thread. */
   readonly #vcpus = new Set<WeakRef<Vcpu>>();
@@ -459,15 +465,30 @@ export class Vm extends Resource {
     return memory.ended || !this.#kernel.isShared(handle.vm);
   }
 
+  /** Whether its memory is being handed over, or was: it neither runs nor changes then. */
+  get frozen(): boolean {
+    return this.#frozen !== null;
+  }
+
   /** @internal */
   get backing() {
     return {
       kernel: this.#kernel,
       fd: this.#fd,
+      runs: this.#runs,
+      assertOpen: () => this.assertOpen(),
       assertOwn: () => this.#assertOwn(),
+      assertIdle: (address: number, size: number) => this.#assertIdle(address, size),
+      assertUnheld: ({ address, size }: GuestRange) => this.#assertUnheld(address, size),
       filesKeepPolicy: () => {
         this.#filesKeepPolicy ??= guestMemfdKeepsPolicy(this.#kernel, this.#fd);
         return this.#filesKeepPolicy;
+      },
+      freeze: (why: string | null) => {
+        this.#frozen = why;
+      },
+      noteWrites: (ranges: RangeMap<true> | null) => {
+        this.#written = ranges;
       },
     };
   }
@@ -491,7 +512,18 @@ export class Vm extends Resource {
     }
   }
 
+  /** @internal */
+  written(address: number, size: number): void {
+    if (size > 0) this.#written?.set(address, address + size, true);
+  }
+
+  /** @internal */
+  assertThawed(): void {
+    if (this.#frozen !== null) assertThawed(this.#frozen);
+  }
+
   #assertOwn(): void {
+    assertThawed(this.#frozen);
     if (this.#attached)
       throw KvmError.unsupported(
         'the memory of a VM is changed on the thread that created it: ask it to, by a message',
@@ -534,6 +566,18 @@ export class Vm extends Resource {
     if (!at) return;
     const message = `a conversion of ${formatRange(at.range.address, at.range.size)} is at work: await it first`;
     throw new KvmError({ code: 'EBUSY', message });
+  }
+
+  /** Nobody besides the guest uses the range. */
+  #assertUnheld(address: number, size: number): void {
+    const holders = [...this.#owner.holds.holders(address, address + size)];
+    if (holders.length === 0) return;
+    throw new KvmError({
+      code: 'EAGAIN',
+      errno: -ERRNO.EAGAIN,
+      message: `${formatRange(address, size)} is held by ${holders.join(' and ')}: release it first (EAGAIN)`,
+      args: { holders },
+    });
   }
 
   /** Flags and VM types that the kernel would answer with a bare EINVAL or ENOTTY. */

@@ -10,7 +10,8 @@ namespace {
 Napi::Object Init(Napi::Env env, Napi::Object exports) {
   Environment* environment = new Environment(env);
   env.SetInstanceData<Environment>(environment);
-  for (const Functions& functions : {kSystem, kVm, kVcpu, kStruct, kGuestMemfd, kFile, kMapping, kShare, kUnicorn}) {
+  for (const Functions& functions :
+       {kSystem, kVm, kVcpu, kStruct, kGuestMemfd, kFile, kMapping, kShare, kSocket, kUnicorn}) {
     for (const Function& function : functions) {
       napi_value value = nullptr;
       napi_create_function(env, function.name, NAPI_AUTO_LENGTH, function.callback, environment, &value);

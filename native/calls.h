@@ -12,4 +12,5 @@ extern const Functions kGuestMemfd;  // guest_memfd.cc
 extern const Functions kFile;        // file.cc
 extern const Functions kMapping;     // mapping.cc
 extern const Functions kShare;       // share.cc
+extern const Functions kSocket;      // socket.cc
 extern const Functions kUnicorn;     // unicorn.cc

@@ -259,6 +259,14 @@ int64_t Environment::CreateWindow(Mapping* mapping, uint8_t* data, size_t size, 
   return 0;
 }
 
+int64_t Environment::DetachWindows(uint64_t handle) {
+  Mapping* mapping = FindMapping(handle);
+  if (mapping == nullptr) return -ENOMEM;
+  // From the end, because a finalizer that runs at once puts the last window in its own place.
+  for (size_t index = mapping->windows.size(); index-- > 0;) Detach(mapping->windows[index]);
+  return 0;
+}
+
 void Environment::MoveCleanUpFirst() {
   napi_remove_env_cleanup_hook(env_, CleanUp, this);
   napi_add_env_cleanup_hook(env_, CleanUp, this);

@@ -120,6 +120,9 @@ class Environment {
   // Detaches an ArrayBuffer made by CreateWindow; 0 or -errno.
   int64_t DetachWindow(napi_value buffer);
 
+  // Detaches all of a mapping; 0 or -errno.
+  int64_t DetachWindows(uint64_t handle);
+
   Engines& engines() { return engines_; }
 
   // A pipe of this environment for copies, empty; 0 or -errno.

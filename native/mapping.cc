@@ -1,6 +1,7 @@
 // Calls on a mapping. A mapping is a handle of its environment; a range that leaves it is -ENOMEM, as for an address
 // where nothing is mapped.
 
+#include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/vfs.h>
@@ -178,6 +179,62 @@ int64_t UffdioRegister(Environment& environment) {
   return Syscall(SYS_ioctl, command.i32(0), uapi::kUffdioRegister, &args);
 }
 
+// UFFDIO_UNREGISTER, which wakes who waits. command: [uffd, mapping, offset, length]
+int64_t UffdioUnregister(Environment& environment) {
+  const Command& command = environment.command();
+  uint8_t* address = environment.Range(command.u64(1), command.u64(2), command.u64(3));
+  if (address == nullptr) return -ENOMEM;
+  uapi::UffdioRange args = {reinterpret_cast<uintptr_t>(address), command.u64(3)};
+  return Syscall(SYS_ioctl, command.i32(0), uapi::kUffdioUnregister, &args);
+}
+
+// UFFDIO_COPY; bytes copied, possibly short. command: [uffd, mapping, offset, mode]
+int64_t UffdioCopy(Environment& environment, Bytes source) {
+  const Command& command = environment.command();
+  uint8_t* address = environment.Range(command.u64(1), command.u64(2), source.size);
+  if (address == nullptr) return -ENOMEM;
+  uapi::UffdioCopy args = {reinterpret_cast<uintptr_t>(address), reinterpret_cast<uintptr_t>(source.data), source.size,
+                           command.u64(3), 0};
+  const int64_t result = Syscall(SYS_ioctl, command.i32(0), uapi::kUffdioCopy, &args);
+  return result < 0 && args.copy <= 0 ? result : args.copy;
+}
+
+// UFFDIO_ZEROPAGE; bytes made, possibly short. command: [uffd, mapping, offset, length, mode]
+int64_t UffdioZeropage(Environment& environment) {
+  const Command& command = environment.command();
+  const uint64_t length = command.u64(3);
+  uint8_t* address = environment.Range(command.u64(1), command.u64(2), length);
+  if (address == nullptr) return -ENOMEM;
+  uapi::UffdioZeropage args = {{reinterpret_cast<uintptr_t>(address), length}, command.u64(4), 0};
+  const int64_t result = Syscall(SYS_ioctl, command.i32(0), uapi::kUffdioZeropage, &args);
+  return result < 0 && args.zeropage <= 0 ? result : args.zeropage;
+}
+
+// poll(2) of a userfaultfd for so many milliseconds, and read(2): the page faults that came. command: [uffd,
+// milliseconds]; then words: [address…]
+int64_t UffdRead(Environment& environment) {
+  constexpr size_t kMessages = 32;
+  const Command& command = environment.command();
+  const int fd = command.i32(0);
+  pollfd entry = {fd, POLLIN, 0};
+  const int ready = poll(&entry, 1, command.i32(1));
+  if (ready < 0) return errno == EINTR ? 0 : -errno;
+  if (ready == 0) return 0;
+  // One that would wait for a message in read(2) says POLLERR.
+  if ((entry.revents & POLLIN) == 0) return -EINVAL;
+  uapi::UffdMessage messages[kMessages];
+  const int64_t got = Syscall(SYS_read, fd, messages, sizeof messages);
+  // What woke us may have been served, or woken, since.
+  if (got < 0) return got == -EAGAIN ? 0 : got;
+  int64_t count = 0;
+  for (size_t index = 0; index < static_cast<size_t>(got) / sizeof(uapi::UffdMessage); index++) {
+    if (messages[index].event == uapi::kUffdEventPagefault) {
+      command.Set(static_cast<size_t>(count++), messages[index].address);
+    }
+  }
+  return count;
+}
+
 // A guarded copy out of a mapping, up to its end; bytes copied, or EFAULT. command: [mapping, offset]
 int64_t Peek(Environment& environment, Bytes target) {
   const uint8_t* source = Clip(environment, &target);
@@ -207,6 +264,9 @@ napi_value CreateWindow(Environment& environment) {
 // Detaches one window. Any other ArrayBuffer: EINVAL.
 int64_t DetachWindow(Environment& environment, napi_value buffer) { return environment.DetachWindow(buffer); }
 
+// Detaches every window of a mapping. command: [mapping]
+int64_t DetachAll(Environment& environment) { return environment.DetachWindows(environment.command().u64(0)); }
+
 // munmap(2); detaches the windows first. command: [mapping]
 int64_t Munmap(Environment& environment) { return environment.RemoveMapping(environment.command().u64(0)); }
 
@@ -226,10 +286,15 @@ constexpr Function kTable[] = {
     {"userfaultfd", Invoke<Userfaultfd>},
     {"uffdioApi", Invoke<UffdioApi>},
     {"uffdioRegister", Invoke<UffdioRegister>},
+    {"uffdioUnregister", Invoke<UffdioUnregister>},
+    {"uffdioCopy", Invoke<UffdioCopy>},
+    {"uffdioZeropage", Invoke<UffdioZeropage>},
+    {"uffdRead", Invoke<UffdRead>},
     {"peek", Invoke<Peek>},
     {"poke", Invoke<Poke>},
     {"window", Invoke<CreateWindow>},
     {"detach", Invoke<DetachWindow>},
+    {"detachAll", Invoke<DetachAll>},
     {"munmap", Invoke<Munmap>},
 };
 

@@ -206,11 +206,52 @@ struct UffdioRegister {
 static_assert(sizeof(UffdioRegister) == 32);
 static_assert(offsetof(UffdioRegister, len) == 8 && offsetof(UffdioRegister, mode) == 16);
 
+struct UffdioRange {
+  uint64_t start;
+  uint64_t len;
+};
+static_assert(sizeof(UffdioRange) == 16 && offsetof(UffdioRange, len) == 8);
+
+struct UffdioCopy {
+  uint64_t dst;
+  uint64_t src;
+  uint64_t len;
+  uint64_t mode;
+  int64_t copy;
+};
+static_assert(sizeof(UffdioCopy) == 40);
+static_assert(offsetof(UffdioCopy, len) == 16 && offsetof(UffdioCopy, copy) == 32);
+
+struct UffdioZeropage {
+  UffdioRange range;
+  uint64_t mode;
+  int64_t zeropage;
+};
+static_assert(sizeof(UffdioZeropage) == 32 && offsetof(UffdioZeropage, zeropage) == 24);
+
+// struct uffd_msg of a page fault.
+struct UffdMessage {
+  uint8_t event;
+  uint8_t reserved[7];
+  uint64_t flags;
+  uint64_t address;
+  uint64_t ptid;
+};
+static_assert(sizeof(UffdMessage) == 32);
+static_assert(offsetof(UffdMessage, flags) == 8 && offsetof(UffdMessage, address) == 16);
+
+constexpr uint8_t kUffdEventPagefault = 0x12;
 constexpr uint64_t kUffdApiVersion = 0xaa;
 constexpr uint32_t kUffdioApi = Request<UffdioApi>(kWrite | kRead, kUserfaultfd, 0x3f);
 constexpr uint32_t kUffdioRegister = Request<UffdioRegister>(kWrite | kRead, kUserfaultfd, 0x00);
+constexpr uint32_t kUffdioUnregister = Request<UffdioRange>(kRead, kUserfaultfd, 0x01);
+constexpr uint32_t kUffdioCopy = Request<UffdioCopy>(kWrite | kRead, kUserfaultfd, 0x03);
+constexpr uint32_t kUffdioZeropage = Request<UffdioZeropage>(kWrite | kRead, kUserfaultfd, 0x04);
 static_assert(kUffdioApi == 0xc018aa3f);
 static_assert(kUffdioRegister == 0xc020aa00);
+static_assert(kUffdioUnregister == 0x8010aa01);
+static_assert(kUffdioCopy == 0xc028aa03);
+static_assert(kUffdioZeropage == 0xc020aa04);
 
 struct CachestatRange {
   uint64_t off;

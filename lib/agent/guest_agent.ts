@@ -502,6 +502,12 @@ export class GuestAgent implements Disposable {
         return failed('EIO', ERRNO.EIO, what, range, {
           why: `port ${hex(exit.port)} was ${exit.direction === 'in' ? 'read' : 'written'}, which is not the agent's`,
         });
+      case 'page-source-failed':
+        return failed('EIO', ERRNO.EIO, what, range, {
+          why: exit.error.message,
+          at: exit.address,
+          cause: exit.error,
+        });
       default:
         return failed('EIO', ERRNO.EIO, what, range, { why: `the vCPU left with '${exit.reason}'` });
     }

@@ -150,6 +150,12 @@ export interface Kernel {
    */
   setMemoryAttributes2(fd: number, args: MemoryAttributes2Args): Result;
 
+  /**
+   * KVM_LINK_GUEST_MEMFD, which is proposed and in no released kernel: a new fd for the pages of another VM's guest_memfd, as a file of this VM.
+   * Never sent to a running kernel, which may mean something else by its number: ENOTTY, on arm64 EINVAL.
+   */
+  linkGuestMemfd(vm: number, args: { fd: number; flags: U64 }): Result;
+
   // ── vCPU fds: for run, runAsync and runPage the very fd that createVcpu returned; a duplicate of it is EBADF
   /**
    * KVM_RUN on this thread. 0 when the guest exits; `-EINTR` when kicked, or when `deadline` milliseconds have passed, never earlier. The
@@ -228,6 +234,21 @@ export interface Kernel {
   dup(fd: number): Result;
   close(fd: number): Result;
 
+  // ── Unix sockets: calls do not wait, so what would is EAGAIN. On the software kernel they connect the kernels of one thread
+  /** socket(2) of AF_UNIX: SOCK_STREAM, SOCK_DGRAM or SOCK_SEQPACKET; close-on-exec. */
+  socket(type: number): Result;
+  /** bind(2). A leading @ is the abstract namespace. */
+  bind(fd: number, path: string): Result;
+  listen(fd: number, backlog: number): Result;
+  accept4(fd: number): Result;
+  connect(fd: number, path: string): Result;
+  /** sendmsg(2), with SCM_RIGHTS for at most 32 fds. Bytes sent. */
+  sendmsg(fd: number, source: Uint8Array, fds: readonly number[]): Result;
+  /** recvmsg(2): the bytes of a message, and its fds, close-on-exec. 0 when the other side is gone; EMSGSIZE, and lost, when it does not fit. */
+  recvmsg(fd: number, target: Uint8Array, fds: number[]): Result;
+  /** unlink(2) of a bound socket's name; of any other file EPERM. */
+  unlink(path: string): Result;
+
   // ── mappings: a mapping is a handle; the address is there for struct fields, the window for speed
   /** A handle ≥ 0. fd -1 with MAP_ANONYMOUS. */
   mmap(args: { length: U64; prot: number; flags: number; fd: number; offset: U64 }): Result;
@@ -253,6 +274,19 @@ export interface Kernel {
   uffdioApi(uffd: number, features: U64): Result;
   /** UFFDIO_REGISTER of a range of a mapping. */
   uffdioRegister(uffd: number, mapping: number, offset: U64, length: U64, mode: number): Result;
+  /** UFFDIO_UNREGISTER: who waits for a page of the range wakes, and finds what the mapping has. */
+  uffdioUnregister(uffd: number, mapping: number, offset: U64, length: U64): Result;
+  /** UFFDIO_COPY: makes pages of these bytes and wakes who waits for them. Bytes copied, possibly short; EEXIST for a page that is there. */
+  uffdioCopy(uffd: number, mapping: number, offset: U64, source: Uint8Array, mode: number): Result;
+  /** UFFDIO_ZEROPAGE: the same with pages of zeros. */
+  uffdioZeropage(uffd: number, mapping: number, offset: U64, length: U64, mode: number): Result;
+  /** poll(2), for so many milliseconds, and read(2): where threads wait for missing pages, at most 32 addresses. How many; 0 when none came. */
+  uffdRead(uffd: number, milliseconds: number, addresses: bigint[]): Result;
+  /**
+   * What runs when an access has to wait for a missing page, on a kernel that lives on one thread: `serve` reads the userfaultfd and makes
+   * the page, or the access is EFAULT. EOPNOTSUPP on Linux, where another thread does that.
+   */
+  serveFaults(uffd: number, serve: (() => void) | null): Result;
   /** Copy out, guarded: -EFAULT where a touch would be SIGBUS or SIGSEGV. Bytes copied, possibly short. */
   peek(mapping: number, offset: U64, target: Uint8Array): Result;
   /** Copy in, guarded. */
@@ -265,6 +299,8 @@ export interface Kernel {
   window(mapping: number, offset: number, length: number, own?: boolean): Uint8Array;
   /** Detaches a view made with `own`. */
   releaseWindow(view: Uint8Array): void;
+  /** Detaches every view of the mapping that this thread has. */
+  releaseWindows(mapping: number): Result;
   munmap(mapping: number): Result;
 
   // ── threads: each has its own fds and mappings, also where the process has them all. A share is a number that cannot be guessed, ends
@@ -272,7 +308,7 @@ export interface Kernel {
   /** The number by which another thread takes an fd. Closing a VM that others took removes its memslots and stops their vCPUs. */
   shareFile(fd: number): Result;
   /** An fd of this thread for the same file; ENOENT for a number that nobody shares. The memslots of a VM cannot be changed through it. */
-  takeFile(share: number, kind: 'kvm' | 'vm' | 'gmem'): Result;
+  takeFile(share: number, kind: 'kvm' | 'vm' | 'gmem' | 'uffd'): Result;
   /** Whether it can still be taken. */
   isShared(share: number): boolean;
   shareMapping(mapping: number): Result;

@@ -11,6 +11,7 @@ const modelled: readonly Proposal[] = [
   'special-mapping',
   'grant-ring',
   'memslot-lock',
+  'link',
 ];
 
 /**

@@ -28,7 +28,8 @@ export type FileKind =
   | 'device'
   | 'eventfd'
   | 'stats'
-  | 'secret';
+  | 'secret'
+  | 'socket';
 
 /** An open file description: what fds, their duplicates and mappings refer to. */
 export class OpenFile {
@@ -240,14 +241,16 @@ export class GuestMemfdFile extends OpenFile {
    * Pages that are the guest's alone, whether they exist or not. As the file was created: all of it or nothing. Only the proposed in-place
    * conversion changes it.
    */
-  readonly privatePages = new RangeMap<true>();
+  readonly privatePages: RangeMap<true>;
 
-  constructor(vm: VmFile, size: U64, flags: number) {
+  /** @param privatePages Of a file whose pages these are too. */
+  constructor(vm: VmFile, size: U64, flags: number, privatePages?: RangeMap<true>) {
     super('gmem');
     this.vm = vm;
     this.size = size;
     this.flags = flags;
-    if (!(flags & GUEST_MEMFD_FLAG_INIT_SHARED)) this.privatePages.set(0, this.pages, true);
+    this.privatePages = privatePages ?? new RangeMap();
+    if (!privatePages && !(flags & GUEST_MEMFD_FLAG_INIT_SHARED)) this.privatePages.set(0, this.pages, true);
   }
 
   get pages(): number {

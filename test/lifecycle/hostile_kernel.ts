@@ -1,3 +1,6 @@
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { type Kernel, linuxKernel, softwareKernel, uapi } from '../../lib/kernel/index.ts';
 import { openFiles } from '../backends.ts';
 import { all, Mine } from './bad_values.ts';
@@ -5,6 +8,9 @@ import { all, Mine } from './bad_values.ts';
 // Every method of the boundary with every bad value in every place, with every kind of fd and mapping, and with buffers that cannot be
 // touched. Prints what went wrong, as JSON, and how many calls it made.
 
+// Bad values are names of sockets too.
+const FOLDER = mkdtempSync(join(tmpdir(), 'guest-memfd-'));
+process.chdir(FOLDER);
 const isLinux = process.argv[2] === 'kvm';
 let kernel: Kernel = isLinux ? linuxKernel() : softwareKernel();
 const P = kernel.pageSize;
@@ -18,6 +24,7 @@ interface Handles {
   readonly shut: number;
   readonly memfd: number;
   readonly epoll: number;
+  readonly socket: number;
   readonly memory: number;
   readonly readOnly: number;
   /** A mapping of `shut`. */
@@ -46,6 +53,7 @@ function create(): Handles {
     shut,
     memfd,
     epoll: kernel.epollCreate1(uapi.O_CLOEXEC),
+    socket: kernel.socket(uapi.SOCK_SEQPACKET),
     memory: map(-1),
     readOnly: map(-1, uapi.PROT_READ),
     shutMapping: map(shut),
@@ -70,7 +78,7 @@ function create(): Handles {
   return handles;
 }
 
-const fds = ({ kvm, vm, gmem, shut, memfd, epoll }: Handles) => [kvm, vm, gmem, shut, memfd, epoll];
+const fds = ({ kvm, vm, gmem, shut, memfd, epoll, socket }: Handles) => [kvm, vm, gmem, shut, memfd, epoll, socket];
 const mappings = ({ memory, readOnly, shutMapping, pastEnd }: Handles) => [memory, readOnly, shutMapping, pastEnd];
 
 function close(handles: Handles): void {
@@ -151,6 +159,22 @@ const methods: Readonly<Record<string, (h: Handles) => Arguments>> = {
   userfaultfd: () => [uapi.O_CLOEXEC],
   uffdioApi: ({ memfd }) => [memfd, 0],
   uffdioRegister: ({ memfd, memory }) => [memfd, memory, 0, P, 1],
+  uffdioUnregister: ({ memfd, memory }) => [memfd, memory, 0, P],
+  uffdioCopy: ({ memfd, memory }) => [memfd, memory, 0, new Uint8Array(P), 0],
+  uffdioZeropage: ({ memfd, memory }) => [memfd, memory, 0, P, 0],
+  // What is no userfaultfd is not waited for.
+  uffdRead: ({ memfd }) => [memfd, 0, []],
+  serveFaults: ({ memfd }) => [memfd, null],
+  linkGuestMemfd: ({ vm, gmem }) => [vm, { fd: gmem, flags: 0 }],
+  socket: () => [uapi.SOCK_SEQPACKET],
+  bind: ({ socket }) => [socket, '@guest-memfd-hostile'],
+  listen: ({ socket }) => [socket, 1],
+  accept4: ({ socket }) => [socket],
+  connect: ({ socket }) => [socket, '@guest-memfd-hostile'],
+  sendmsg: ({ socket, memfd }) => [socket, new Uint8Array(8), [memfd]],
+  recvmsg: ({ socket }) => [socket, new Uint8Array(8), []],
+  unlink: () => ['/nowhere'],
+  releaseWindows: ({ memory }) => [memory],
   peek: ({ memory }) => [memory, 0, new Uint8Array(8)],
   poke: ({ memory }) => [memory, 0, new Uint8Array(8)],
   window: ({ memory }) => [memory, 0, P, true],
@@ -181,6 +205,9 @@ const opens = new Set([
   'dup',
   'takeFile',
   'userfaultfd',
+  'socket',
+  'accept4',
+  'linkGuestMemfd',
 ]);
 
 function complain(what: string, why: unknown): void {
@@ -297,6 +324,8 @@ for (const mapping of [shutMapping, pastEnd]) {
 }
 close(handles);
 
+process.chdir('/');
+rmSync(FOLDER, { recursive: true });
 const left = openFiles();
 if (left.length > 0) complain('at the end', `open: ${left}`);
 console.log(JSON.stringify({ calls, problems }));

@@ -94,10 +94,15 @@ export interface Addon {
   userfaultfd(): number; // [flags]
   uffdioApi(): number; // [uffd, features]
   uffdioRegister(): number; // [uffd, mapping, offset, length, mode]
+  uffdioUnregister(): number; // [uffd, mapping, offset, length]
+  uffdioCopy(source: Uint8Array): number; // [uffd, mapping, offset, mode]; bytes copied
+  uffdioZeropage(): number; // [uffd, mapping, offset, length, mode]; bytes made
+  uffdRead(): number; // [uffd, milliseconds] → [address…]; how many, 0 when none came
   peek(target: Uint8Array): number; // [mapping, offset]; bytes copied
   poke(source: Uint8Array): number; // [mapping, offset]; bytes copied
   window(): ArrayBuffer | number; // [mapping, offset, length]; EOPNOTSUPP without external buffers, EFBIG past the longest
   detach(window: ArrayBuffer): number; // EINVAL unless it is an attached window
+  detachAll(): number; // [mapping]
   munmap(): number; // [mapping]; detaches its windows first
 
   // ── other threads: ENOENT for a number that nobody shares
@@ -107,6 +112,15 @@ export interface Addon {
   countRunningElsewhere(): number; // [vm]; vCPUs of a shared VM that other threads run now
   shareMapping(): number; // [mapping]
   takeMapping(): number; // [share] → [length]
+
+  // ── Unix sockets, whose calls do not wait: EAGAIN. A leading @ of a path is the abstract namespace
+  socket(): number; // [type]
+  bind(path: string): number; // [fd]
+  connect(path: string): number; // [fd]
+  listen(): number; // [fd, backlog]
+  accept4(): number; // [fd]
+  sendmsg(source: Uint8Array): number; // [fd, count, fds…]; at most 32 fds
+  recvmsg(target: Uint8Array): number; // [fd] → [count, fds…]; EMSGSIZE when it does not fit
 
   // ── libunicorn 2, opened at run time: an engine that is not in use is EBADF, what the library refuses EINVAL
   unicornLoad(): number; // ENOENT without the library

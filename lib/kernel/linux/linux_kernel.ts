@@ -1,9 +1,11 @@
+import fs from 'node:fs';
 import os from 'node:os';
 import { KvmError } from '../../errors.ts';
 import type { Arch } from '../../model_options.ts';
 import type { ReadonlyRangeMap } from '../../ranges.ts';
 import {
   ERRNO,
+  type ErrnoName,
   F_ADD_SEALS,
   F_GET_SEALS,
   F_GETFD,
@@ -41,6 +43,7 @@ import { Machine } from '../machine.ts';
 import { conversionPages, conversionRules, isToPrivate, notGuestMemfd } from '../rules/conversion.ts';
 import { clearDirtyLogRules, getDirtyLogRules } from '../rules/dirty_log.ts';
 import { createGuestMemfdRules, fallocateRules } from '../rules/guest_memfd.ts';
+import { linkRules } from '../rules/link.ts';
 import { memoryAttributesRules } from '../rules/memory_attributes.ts';
 import { isSameRegion, memslotRules, regionRequest } from '../rules/memslot.ts';
 import { check } from '../rules/rule.ts';
@@ -54,6 +57,8 @@ import { VcpuCalls } from './vcpu_calls.ts';
 /** The most bytes one ArrayBuffer has on Node 20. */
 const WINDOW_MAX = 2 ** 32;
 const WINDOW_STEP = WINDOW_MAX / 2;
+/** The most fds of one message. */
+const MESSAGE_FDS = 32;
 const FCNTL_COMMANDS: readonly number[] = [F_GETFD, F_SETFD, F_GETFL, F_ADD_SEALS, F_GET_SEALS];
 
 interface LinuxMapping {
@@ -236,6 +241,13 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
     if (result < 0 || !file) return this.refused(result, conversionRules, file, request);
     file.applyConversion(...conversionPages(file, request), isToPrivate(request));
     return result;
+  }
+
+  linkGuestMemfd(vm: number, args: { fd: number; flags: U64 }): Result {
+    const request = { flags: u64('flags', args.flags), file: this.files.get(i32('fd', args.fd)) };
+    const owner = this.files.vm(vm);
+    if (!owner) return this.answer(this.own(vm) < 0 ? -ERRNO.EBADF : -ERRNO.ENOTTY);
+    return this.refused(this.arch === 'aarch64' ? -ERRNO.EINVAL : -ERRNO.ENOTTY, linkRules, owner, request);
   }
 
   // ── files
@@ -484,6 +496,96 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
     return this.answer(this.native.uffdioRegister());
   }
 
+  uffdioUnregister(uffd: number, mapping: number, offset: U64, length: U64): Result {
+    this.#uffdRange(uffd, mapping, offset).u64(3, u64('length', length));
+    return this.answer(this.native.uffdioUnregister());
+  }
+
+  uffdioCopy(uffd: number, mapping: number, offset: U64, source: Uint8Array, mode: number): Result {
+    const plain = bytes('source', source);
+    this.#uffdRange(uffd, mapping, offset).u64(3, i32('mode', mode) >>> 0);
+    return this.answer(this.native.uffdioCopy(plain));
+  }
+
+  uffdioZeropage(uffd: number, mapping: number, offset: U64, length: U64, mode: number): Result {
+    this.#uffdRange(uffd, mapping, offset)
+      .u64(3, u64('length', length))
+      .u64(4, i32('mode', mode) >>> 0);
+    return this.answer(this.native.uffdioZeropage());
+  }
+
+  uffdRead(uffd: number, milliseconds: number, addresses: bigint[]): Result {
+    const own = this.files.get(i32('uffd', uffd))?.kind === 'uffd' ? uffd : -1;
+    this.command.i32(0, own).i32(1, i32('milliseconds', milliseconds));
+    if (own < 0 || milliseconds < 0) return this.answer(own < 0 ? -ERRNO.EBADF : -ERRNO.EINVAL);
+    const count = this.native.uffdRead();
+    addresses.length = 0;
+    for (let index = 0; index < count; index++) addresses.push(this.command.result(index));
+    return this.answer(count);
+  }
+
+  serveFaults(uffd: number): Result {
+    return this.answer(this.own(uffd) < 0 ? -ERRNO.EBADF : -ERRNO.EOPNOTSUPP);
+  }
+
+  // ── Unix sockets
+
+  socket(type: number): Result {
+    this.command.i32(0, i32('type', type));
+    return this.opened(this.native.socket(), () => new OpenFile('socket'));
+  }
+
+  bind(fd: number, path: string): Result {
+    this.command.i32(0, this.own(fd));
+    return this.answer(this.native.bind(text('path', path)));
+  }
+
+  listen(fd: number, backlog: number): Result {
+    this.command.i32(0, this.own(fd)).i32(1, i32('backlog', backlog));
+    return this.answer(this.native.listen());
+  }
+
+  accept4(fd: number): Result {
+    this.command.i32(0, this.own(fd));
+    return this.opened(this.native.accept4(), () => new OpenFile('socket'));
+  }
+
+  connect(fd: number, path: string): Result {
+    this.command.i32(0, this.own(fd));
+    return this.answer(this.native.connect(text('path', path)));
+  }
+
+  sendmsg(fd: number, source: Uint8Array, fds: readonly number[]): Result {
+    const [plain, given] = [bytes('source', source), Array.from(fds, (each) => this.own(each))];
+    if (given.length > MESSAGE_FDS) return this.answer(-ERRNO.EINVAL);
+    this.command.i32(0, this.own(fd)).u64(1, given.length);
+    for (const [index, each] of given.entries()) this.command.i32(2 + index, each);
+    return this.answer(this.native.sendmsg(plain));
+  }
+
+  recvmsg(fd: number, target: Uint8Array, fds: number[]): Result {
+    const plain = bytes('target', target);
+    const own = this.own(fd);
+    fds.length = 0;
+    this.command.i32(0, own);
+    const result = this.native.recvmsg(plain);
+    const count = result < 0 ? 0 : Number(this.command.result(0));
+    const got = Array.from({ length: count }, (_, index) => Number(this.command.result(1 + index)));
+    fds.push(...got.map((each) => this.files.put(each, new OpenFile('file'))));
+    return this.answer(result);
+  }
+
+  unlink(path: string): Result {
+    try {
+      if (!fs.lstatSync(text('path', path)).isSocket()) return this.answer(-ERRNO.EPERM);
+      fs.unlinkSync(path);
+      return 0;
+    } catch (error) {
+      if (error instanceof TypeError) throw error;
+      return this.answer(-(ERRNO[(error as NodeJS.ErrnoException).code as ErrnoName] ?? ERRNO.EIO));
+    }
+  }
+
   peek(mapping: number, offset: U64, target: Uint8Array): Result {
     if (this.#isSecret(mapping)) return this.answer(-ERRNO.EFAULT);
     this.command.u64(0, i32('mapping', mapping) >>> 0).u64(1, u64('offset', offset));
@@ -517,6 +619,13 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
     this.native.detach(bytes('view', view).buffer as ArrayBuffer);
   }
 
+  releaseWindows(mapping: number): Result {
+    const handle = i32('mapping', mapping);
+    this.#mappings[handle]?.windows.clear();
+    this.command.u64(0, handle >>> 0);
+    return this.answer(this.native.detachAll());
+  }
+
   munmap(mapping: number): Result {
     const handle = i32('mapping', mapping);
     this.command.u64(0, handle >>> 0);
@@ -534,7 +643,7 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
     return this.answer(this.native.shareFile());
   }
 
-  takeFile(share: number, kind: 'kvm' | 'vm' | 'gmem'): Result {
+  takeFile(share: number, kind: 'kvm' | 'vm' | 'gmem' | 'uffd'): Result {
     this.command.u64(0, u64('share', share));
     return this.opened(this.native.takeFile(), () => new OpenFile(kind));
   }
@@ -562,6 +671,13 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
   /** The kernel copies none of it for anybody, and one way of copying should not differ from another. */
   #isSecret(mapping: number): boolean {
     return this.#mappings[i32('mapping', mapping)]?.file?.kind === 'secret';
+  }
+
+  #uffdRange(uffd: number, mapping: number, offset: U64): Command {
+    return this.command
+      .i32(0, this.own(uffd))
+      .u64(1, i32('mapping', mapping) >>> 0)
+      .u64(2, u64('offset', offset));
   }
 
   #range(mapping: number, offset: U64, length: U64): Command {

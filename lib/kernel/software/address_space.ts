@@ -86,6 +86,7 @@ export class AddressSpace {
     this.#addresses.delete(first, first + mapping.pages);
     this.#mappings[handle] = undefined;
     this.#free.push(handle);
+    mapping.userfault?.file.forget(mapping);
     mapping.drop();
     return 0;
   }
@@ -126,7 +127,7 @@ export class AddressSpace {
 
   /** Pages that a touch reaches exist afterwards: mlock, MADV_POPULATE, MAP_POPULATE. @returns whether all could be reached. */
   populate(mapping: Mapping, start: number, end: number, prot: number): boolean {
-    const count = mapping.accessible(start, end, prot);
+    const count = mapping.accessible(start, this.#settled(mapping, start, end), prot);
     const { pageSize } = this.#machine;
     const written = prot === PROT_WRITE || mapping.locked.overlaps(start, end);
     if (written) mapping.zeros.delete(mapping.pgoff + start, mapping.pgoff + start + count);
@@ -277,6 +278,14 @@ export class AddressSpace {
     if (found && view.length > 0) found.mapping.store.detach(view.byteOffset + found.shift, view.length);
   }
 
+  releaseWindows(handle: number): Result {
+    const mapping = this.#mappings[handle];
+    if (!mapping) return -ERRNO.ENOMEM;
+    for (const { start, end } of mapping.windows) mapping.store.detach(start, end - start);
+    mapping.windows.clear();
+    return 0;
+  }
+
   isWindow(buffer: Uint8Array): boolean {
     return this.#buffers.has(buffer.buffer);
   }
@@ -322,13 +331,28 @@ export class AddressSpace {
     if (mapping.secret) return -ERRNO.EFAULT;
     const { pageSize } = this.#machine;
     const page = Math.floor(offset / pageSize);
-    const reach = (page + mapping.accessible(page, Math.ceil((offset + length) / pageSize), prot)) * pageSize - offset;
+    const end = this.#settled(mapping, page, Math.ceil((offset + length) / pageSize));
+    const reach = (page + mapping.accessible(page, end, prot)) * pageSize - offset;
     if (reach <= 0) return -ERRNO.EFAULT;
     const count = Math.min(length, reach);
     const at = mapping.pgoff * pageSize + offset;
     copy(at, count);
     mapping.faulted?.set(Math.floor(at / pageSize), Math.ceil((at + count) / pageSize), true);
     return count;
+  }
+
+  /** Waits for pages that a userfaultfd is to make. @returns up to where they are there. */
+  #settled(mapping: Mapping, start: number, end: number): number {
+    if (!mapping.userfault) return end;
+    const { pageSize } = this.#machine;
+    for (const range of [...mapping.userfault.missing.within(start, end)]) {
+      for (let page = range.start; page < range.end; page++) {
+        if (!mapping.isMissing(page)) continue;
+        mapping.userfault?.file.fault(mapping.address + BigInt(page * pageSize));
+        if (mapping.isMissing(page)) return page;
+      }
+    }
+    return end;
   }
 
   #noteZeros(mapping: Mapping, at: number, length: number): void {

@@ -29,6 +29,7 @@ import { type GuestMemfdIo, transferRules } from './guest_memfd_io.ts';
 import { guestFileFallocateRules, guestFileRules, guestSealRules } from './guest_seal_rules.ts';
 import { MemoryFile } from './memory_file.ts';
 import { SoftwareProcess } from './process.ts';
+import { SocketFile } from './socket_file.ts';
 import { EpollFile, EventFile, SecretFile, SoftwareGuestMemfd, StatsFile } from './software_files.ts';
 
 const GUEST_MEMFD_MAGIC = 0x474d454d;
@@ -270,6 +271,7 @@ export abstract class FileCalls extends SoftwareProcess {
     const wanted = i32('events', events);
     const file = this.file(i32('fd', fd));
     if (!file) return this.badFd(fd);
+    if (file instanceof SocketFile) return wanted & (POLLOUT | (file.readable ? POLLIN : 0));
     return file.kind === 'epoll' || file.kind === 'uffd' ? 0 : wanted & (POLLIN | POLLOUT);
   }
 

@@ -3,6 +3,7 @@ import { PROT_READ, PROT_WRITE } from '../../uapi.ts';
 import type { MemoryFile } from './memory_file.ts';
 import { PageStore } from './page_store.ts';
 import { SecretFile, SoftwareGuestMemfd } from './software_files.ts';
+import type { UserfaultFile } from './userfault_file.ts';
 
 export type MappedFile = MemoryFile | SoftwareGuestMemfd | SecretFile;
 
@@ -18,6 +19,8 @@ export class Mapping {
   readonly store: PageStore;
   readonly protection = new RangeMap<number>();
   readonly #createdWritable: boolean;
+  /** Who is asked for pages of it that are not there. */
+  userfault: { readonly file: UserfaultFile; readonly missing: RangeMap<true> } | null = null;
   readonly guards = new RangeMap<true>();
   readonly locked = new RangeMap<true>();
   readonly policy = new RangeMap<number>();
@@ -78,6 +81,12 @@ export class Mapping {
 
   get gmem(): SoftwareGuestMemfd | null {
     return this.file instanceof SoftwareGuestMemfd ? this.file : null;
+  }
+
+  /** Whether an access to the page has to wait for a userfaultfd. */
+  isMissing(page: number): boolean {
+    if (!this.userfault?.missing.get(page)) return false;
+    return this.store.residentPages(this.pgoff + page, this.pgoff + page + 1) === 0;
   }
 
   /** Whether the kernel, which unlike a CPU asks for each permission by name, may reach a page on the guest's behalf. */

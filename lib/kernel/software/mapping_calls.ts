@@ -14,26 +14,30 @@ import {
   PROT_READ,
   RLIMIT_MEMLOCK,
   UFFD_FEATURE_WP_ASYNC,
+  UFFDIO_REGISTER_MODE_MISSING,
   UFFDIO_REGISTER_MODE_WP,
 } from '../../uapi.ts';
 import { MAP_GUEST_SHARED } from '../../uapi_proposed.ts';
 import { shown } from '../../validate.ts';
-import { bytes, i32, isAligned, toPages, u32, u64 } from '../arguments.ts';
+import { bytes, i32, isAligned, isZero, toPages, u32, u64 } from '../arguments.ts';
 import type { Result, U64 } from '../kernel.ts';
 import type { OpenFile } from '../state.ts';
 import { isAdvice } from './address_space.ts';
-import { FileCalls } from './file_calls.ts';
 import type { MappedFile, Mapping } from './mapping.ts';
 import { MemoryFile } from './memory_file.ts';
 import { mmapRules } from './mmap_rules.ts';
-import { SecretFile, SoftwareGuestMemfd, UserfaultFile } from './software_files.ts';
+import { SocketCalls } from './socket_calls.ts';
+import { SecretFile, SoftwareGuestMemfd } from './software_files.ts';
+import { UserfaultFile } from './userfault_file.ts';
 
+/** The most that one read of a userfaultfd gives. */
+const UFFD_MESSAGES = 32;
 const NO_LIMIT = (1n << 64n) - 1n;
 
 type RangeCall = (mapping: Mapping, start: number, end: number) => Result;
 
 /** The system calls on mappings, which are handles here. */
-export abstract class MappingCalls extends FileCalls {
+export abstract class MappingCalls extends SocketCalls {
   mmap(args: { length: U64; prot: number; flags: number; fd: number; offset: U64 }): Result {
     const flags = i32('flags', args.flags);
     const fd = i32('fd', args.fd);
@@ -171,11 +175,55 @@ export abstract class MappingCalls extends FileCalls {
     if (!file) return this.badFd(uffd);
     if (!(file instanceof UserfaultFile)) return this.refuse('ENOTTY', 'not a userfaultfd');
     const { features } = file;
-    return this.#range(mapping, offset, length, ({ gmem }) => {
+    return this.#range(mapping, offset, length, (found, start, end) => {
       if (features === null || wanted < 1 || wanted > 7) return -ERRNO.EINVAL;
       const asyncOnly = wanted === UFFDIO_REGISTER_MODE_WP && (features & BigInt(UFFD_FEATURE_WP_ASYNC)) !== 0n;
-      return gmem && !asyncOnly ? -ERRNO.EINVAL : 0;
+      if (found.gmem && !asyncOnly) return -ERRNO.EINVAL;
+      return wanted & UFFDIO_REGISTER_MODE_MISSING ? file.watch(found, start, end) : 0;
     });
+  }
+
+  uffdioUnregister(uffd: number, mapping: number, offset: U64, length: U64): Result {
+    return this.#userfault(uffd, mapping, offset, length, (_, found, start, end) => {
+      found.userfault?.missing.delete(start, end);
+      return 0;
+    });
+  }
+
+  uffdioCopy(uffd: number, mapping: number, offset: U64, source: Uint8Array, mode: number): Result {
+    const [plain, wanted] = [bytes('source', source), i32('mode', mode)];
+    return this.#userfault(uffd, mapping, offset, plain.length, (file, found, start, end) => {
+      if (wanted & ~3) return -ERRNO.EINVAL;
+      return file.fill(found, start, end, (at, size) => found.store.write(at, plain.subarray(0, size)));
+    });
+  }
+
+  uffdioZeropage(uffd: number, mapping: number, offset: U64, length: U64, mode: number): Result {
+    const wanted = i32('mode', mode);
+    return this.#userfault(uffd, mapping, offset, length, (file, found, start, end) => {
+      if (wanted & ~1) return -ERRNO.EINVAL;
+      return file.fill(found, start, end, (at, size) =>
+        found.store.touch(at / this.pageSize, (at + size) / this.pageSize),
+      );
+    });
+  }
+
+  uffdRead(uffd: number, milliseconds: number, addresses: bigint[]): Result {
+    i32('milliseconds', milliseconds);
+    const file = this.file(i32('uffd', uffd));
+    if (!(file instanceof UserfaultFile)) return this.badFd(uffd);
+    if (file.features === null) return this.refuse('EINVAL', 'the API is not set');
+    addresses.length = 0;
+    addresses.push(...file.addresses.splice(0, UFFD_MESSAGES));
+    return addresses.length;
+  }
+
+  serveFaults(uffd: number, serve: (() => void) | null): Result {
+    if (serve !== null && typeof serve !== 'function') throw new TypeError('serve must be a function or null');
+    const file = this.file(i32('uffd', uffd));
+    if (!(file instanceof UserfaultFile)) return this.badFd(uffd);
+    file.serve = serve;
+    return 0;
   }
 
   peek(mapping: number, offset: U64, target: Uint8Array): Result {
@@ -224,8 +272,28 @@ export abstract class MappingCalls extends FileCalls {
     this.memory.releaseWindow(bytes('view', view));
   }
 
+  releaseWindows(mapping: number): Result {
+    return this.answer(this.memory.releaseWindows(i32('mapping', mapping)));
+  }
+
   munmap(mapping: number): Result {
     return this.answer(this.memory.unmap(i32('mapping', mapping)));
+  }
+
+  #userfault(
+    uffd: number,
+    mapping: number,
+    offset: U64,
+    length: U64,
+    call: (file: UserfaultFile, mapping: Mapping, start: number, end: number) => Result,
+  ): Result {
+    const file = this.file(i32('uffd', uffd));
+    if (!file) return this.badFd(uffd);
+    if (!(file instanceof UserfaultFile)) return this.refuse('ENOTTY', 'not a userfaultfd');
+    const size = u64('length', length);
+    const whole = !isZero(size) && isAligned(size, this.pageSize);
+    const wrong = (file.features === null || !whole) && 'the API is not set, or the length is not that of whole pages';
+    return this.#range(mapping, offset, length, (found, start, end) => call(file, found, start, end), { wrong });
   }
 
   /**

@@ -13,7 +13,7 @@ import {
 } from '../rules/memslot_lock.ts';
 import type { EnableCapRequest } from '../rules/vm.ts';
 import type { MemslotState, VmFile } from '../state.ts';
-import { GrantCalls } from './grant_calls.ts';
+import { LinkCalls } from './link_calls.ts';
 import type { Mapping } from './mapping.ts';
 import { Stage2 } from './stage2.ts';
 
@@ -26,7 +26,7 @@ interface Piece {
 }
 
 /** The proposed locks of memslots: pages that are pinned where they are and mapped for the guest. */
-export abstract class MemslotLockCalls extends GrantCalls {
+export abstract class MemslotLockCalls extends LinkCalls {
   protected enableMemslotLock(vm: VmFile, { flags, args }: EnableCapRequest): Result {
     const refused = this.check(lockActionRules, null, { action: flags, rest: args.slice(2) });
     if (refused !== null) return refused;

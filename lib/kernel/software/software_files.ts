@@ -14,12 +14,14 @@ export class SoftwareGuestMemfd extends GuestMemfdFile {
   readonly store: PageStore;
   /** NUMA policy by page of the file, since 6.19. */
   readonly policy = new RangeMap<number>();
-  readonly references = new PageReferences();
+  readonly references: PageReferences;
 
   /** null: the bytes cannot be read or written as those of a file. */
   readonly io: GuestMemfdIo | null;
   /** null: every page is a folio by itself. */
   readonly folios: Folios | null;
+  /** Files that have the same pages, this one among them: the last to go frees them. */
+  #links: { count: number } = { count: 1 };
   /** No memory is left for splitting folios. */
   splitsFail = false;
 
@@ -31,15 +33,28 @@ export class SoftwareGuestMemfd extends GuestMemfdFile {
     ino: bigint,
     folioSize: number | null = null,
     store = new PageStore(vm.machine.pageSize, () => Number(size)),
+    origin: SoftwareGuestMemfd | null = null,
   ) {
-    super(vm, size, flags);
+    super(vm, size, flags, origin?.privatePages);
     const { pageSize } = vm.machine;
     this.ino = ino;
     this.store = store;
+    this.references = origin?.references ?? new PageReferences();
     this.io = flags & GUEST_MEMFD_FLAG_WRITE ? new GuestMemfdIo(this) : null;
+    if (origin) {
+      this.#links = origin.#links;
+      this.#links.count++;
+      this.folios = origin.folios;
+      return;
+    }
     const folios = folioSize === null ? null : new Folios(folioSize, pageSize, this.store.pages, this.privatePages);
     this.folios = folios;
     if (folios) this.store.grow = (start, end) => folios.allocate(start, end);
+  }
+
+  /** The same pages as a file of another VM, with bindings of its own. */
+  linked(vm: VmFile): SoftwareGuestMemfd {
+    return new SoftwareGuestMemfd(vm, this.size, this.flags, this.ino, null, this.store, this);
   }
 
   /** Gives pages back to the host, as PUNCH_HOLE and MADV_REMOVE do: all or, where a folio cannot be split, none. They stay private or shared. */
@@ -89,7 +104,7 @@ export class SoftwareGuestMemfd extends GuestMemfdFile {
 
   protected override released(): void {
     super.released();
-    this.store.discard(0, this.pages);
+    if (--this.#links.count === 0) this.store.discard(0, this.pages);
   }
 }
 
@@ -125,14 +140,6 @@ export class StatsFile extends OpenFile {
     const part = content.subarray(Math.min(offset, content.length), offset + target.length);
     target.set(part);
     return part.length;
-  }
-}
-
-export class UserfaultFile extends OpenFile {
-  features: bigint | null = null;
-
-  constructor() {
-    super('uffd');
   }
 }
 

@@ -21,7 +21,7 @@ import {
   KVM_SET_USER_MEMORY_REGION,
   KVM_SET_USER_MEMORY_REGION2,
 } from '../../uapi.ts';
-import { KVM_CAP_PROPOSED, KVM_SET_MEMORY_ATTRIBUTES2 } from '../../uapi_proposed.ts';
+import { KVM_CAP_PROPOSED, KVM_LINK_GUEST_MEMFD, KVM_SET_MEMORY_ATTRIBUTES2 } from '../../uapi_proposed.ts';
 import { bytes, i32, isZero, low32, text, toPages, u32, u64 } from '../arguments.ts';
 import type { Kernel, MemoryAttributesArgs, Result, U64, UserMemoryRegion, UserMemoryRegion2 } from '../kernel.ts';
 import { checkExtension } from '../machine.ts';
@@ -89,6 +89,7 @@ export class SoftwareKernel extends MemslotLockCalls implements Kernel {
     if (number === KVM_SET_MEMORY_ATTRIBUTES && !this.machine.swProtected) return this.#unknownVmRequest(number);
     if (number === KVM_CREATE_GUEST_MEMFD && !this.machine.hasGuestMemfd) return this.#unknownVmRequest(number);
     const pointers: readonly number[] = [
+      ...(this.machine.proposals.has('link') ? [KVM_LINK_GUEST_MEMFD] : []),
       KVM_GET_DIRTY_LOG,
       KVM_CLEAR_DIRTY_LOG,
       KVM_SET_USER_MEMORY_REGION,

@@ -20,7 +20,7 @@ import { revived } from '../vcpu_driver.ts';
 import { moduleUrl } from '../vcpu_worker.ts';
 import { PageFiller } from './page_filler.ts';
 import type { FromThread, Shares, ThreadPlan, ToThread } from './pager_thread.ts';
-import type { PageContent } from './source.ts';
+import { type PageContent, STOP } from './source.ts';
 
 export interface PagerOptions {
   /**
@@ -162,7 +162,7 @@ class Link {
   readonly #share: number;
   readonly #filler: PageFiller;
   readonly #port: MessagePort;
-  readonly #posted = new Int32Array(new SharedArrayBuffer(4));
+  readonly #posted = new Int32Array(new SharedArrayBuffer(8));
   readonly #worker: Worker;
   readonly #pending = new Map<number, (answer: FromThread) => void>();
   readonly #settle: { start(): void; done(): void; fail(error: unknown): void };
@@ -251,6 +251,7 @@ class Link {
     if (!this.#over) this.#drain();
     if (!this.#over) this.#fail(KvmError.closed('the pager'));
     // Where another thread fills, it knows what has not come, and takes it away.
+    Atomics.store(this.#posted, STOP, 1);
     this.#port.postMessage('stop');
     if (this.#gone) return;
     const timer = setTimeout(() => void this.#worker.terminate(), GRACE).unref();

@@ -4,13 +4,13 @@ import type { FileRange } from '../guest_range.ts';
 import { linuxKernel } from '../kernel/linux/linux_kernel.ts';
 import { type PlainError, plainError } from '../vcpu_driver.ts';
 import { PageFiller } from './page_filler.ts';
-import { type Ask, openSource, type PageContent } from './source.ts';
+import { type Ask, openSource, type PageContent, STOP } from './source.ts';
 
 export interface ThreadPlan {
   readonly module: string;
   readonly data: unknown;
   readonly port: MessagePort;
-  /** Counts what was posted, for who waits without an event loop. */
+  /** Counts what was posted, for who waits without an event loop; and behind it whether to stop, for who fills without one. */
   readonly posted: Int32Array;
   readonly missing: readonly FileRange[];
   readonly chunkSize: number;
@@ -67,12 +67,13 @@ async function fillAll(ask: Ask, { uffd, mapping }: NonNullable<Shares>): Promis
   };
   // The module may end the thread.
   process.once('exit', () => fail(new Error('the thread of the page source ended')));
-  port.once('message', () => {
+  const stop = (): never => {
     if (!ended) filler.fail();
     ended = true;
     post({ accounted: true });
-    process.exit();
-  });
+    return process.exit();
+  };
+  port.once('message', stop);
   try {
     for (let left = filler.leftBytes; left > 0; left = filler.leftBytes) {
       const early = prefetch ? filler.next(chunkSize) : null;
@@ -80,7 +81,9 @@ async function fillAll(ask: Ask, { uffd, mapping }: NonNullable<Shares>): Promis
       faults += waiting.length;
       for (const range of waiting.length > 0 || !early ? waiting : [early]) {
         asked = range;
-        filler.fill(range, await ask(range));
+        const content = await ask(range);
+        if (Atomics.load(posted, STOP) === 1) stop();
+        filler.fill(range, content);
         asked = undefined;
       }
       if (filler.leftBytes < left) post({ progress: { leftBytes: filler.leftBytes, faults } });

@@ -16,6 +16,9 @@ export interface PageSourceModule {
   readonly onMissing: (range: FileRange) => PageContent | Promise<PageContent>;
 }
 
+/** The word of the shared counters that asks a thread to stop. */
+export const STOP = 1;
+
 export type Ask = (range: FileRange) => Promise<PageContent>;
 
 /** The source of a module, set up. */

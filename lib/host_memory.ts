@@ -87,6 +87,7 @@ export class HostMemory extends Resource {
   readonly #kernel: Kernel;
   readonly #kvm: Kvm;
   readonly #mapping: number;
+  readonly #fd: number;
   readonly #alignment: number;
   readonly #slots = new Set<Memslot>();
   /** The slots that show its bytes. */
@@ -140,6 +141,7 @@ export class HostMemory extends Resource {
     this.#kernel = kernel;
     this.#kvm = kvm;
     this.#mapping = mapping;
+    this.#fd = fd;
     this.#alignment = memory.alignment;
     this.kind = memory.kind;
     this.size = memory.size;
@@ -225,6 +227,8 @@ export class HostMemory extends Resource {
     return {
       kvm: this.#kvm,
       mapping: this.#mapping,
+      /** Of the file behind it; -1 without. */
+      fd: this.#fd,
       slots: this.#slots,
       shown: this.#shown,
       assertOpen: () => this.assertOpen(),

@@ -423,7 +423,13 @@ export class Vm extends Resource {
 
   /** @internal */
   get backing() {
-    return { kernel: this.#kernel, fd: this.#fd, assertOwn: () => this.#assertOwn() };
+    return {
+      kernel: this.#kernel,
+      fd: this.#fd,
+      users: this.#users,
+      assertOwn: () => this.#assertOwn(),
+      assertOpen: () => this.assertOpen(),
+    };
   }
 
   #assertOwn(): void {

@@ -13,7 +13,12 @@ export { MemoryAttributes } from './memory_attributes.ts';
 export { type ConversionNotice, type MemoryHold, MemoryUser, type MemoryUserOptions } from './memory_user.ts';
 export { Memslot, type MemslotOptions } from './memslot.ts';
 export type { Arch, KernelVersion, ModelOptions, Proposal } from './model_options.ts';
-export { GuestMemoryStore, type SnapshotOptions, type StoredVm, type StoreOptions } from './store/guest_memory_store.ts';
+export {
+  GuestMemoryStore,
+  type SnapshotOptions,
+  type StoredVm,
+  type StoreOptions,
+} from './store/guest_memory_store.ts';
 export type { AttachOptions } from './store/rebuild.ts';
 export { type MemoryDescription, type RecordOptions, StoredMemory } from './store/stored_memory.ts';
 export { GiB, KiB, MiB, TiB } from './uapi.ts';

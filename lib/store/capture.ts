@@ -29,11 +29,7 @@ export function vcpusOf(vm: Vm, given: readonly Vcpu[] | undefined): Vcpu[] {
  * @param data Where in the data file the bytes of each memory are.
  * @throws KvmError `EINVAL` a memslot shows memory of which the host could keep the bytes, and they are not there
  */
-export function capture(
-  vm: Vm,
-  data: ReadonlyMap<HostMemory | GuestMemfd, number>,
-  vcpus: readonly Vcpu[],
-): Layout {
+export function capture(vm: Vm, data: ReadonlyMap<HostMemory | GuestMemfd, number>, vcpus: readonly Vcpu[]): Layout {
   const { kvm } = vm;
   vm.backing.assertOpen();
   vm.backing.assertOwn();

@@ -87,8 +87,7 @@ export class Disk {
     this.on(path, () => {
       const fd = this.fs.openSync(path, fs.constants.O_WRONLY | fs.constants.O_CREAT, 0o600);
       try {
-        for (let done = 0; done < bytes.length; )
-          done += this.fs.writeSync(fd, bytes, done, bytes.length - done, done);
+        for (let done = 0; done < bytes.length; ) done += this.fs.writeSync(fd, bytes, done, bytes.length - done, done);
         this.fs.ftruncateSync(fd, bytes.length);
         this.fs.fsyncSync(fd);
       } finally {

@@ -9,7 +9,7 @@ import { guardConstructor, internal, Resource } from '../resource.ts';
 import { MS_SYNC, O_CLOEXEC, O_RDONLY } from '../uapi.ts';
 import { options, text } from '../validate.ts';
 import type { Vcpu } from '../vcpu.ts';
-import { Vm } from '../vm.ts';
+import type { Vm } from '../vm.ts';
 import type { VmType } from '../vm_type.ts';
 import { capture, vcpusOf } from './capture.ts';
 import { type Metadata, pageRanges } from './metadata.ts';
@@ -92,7 +92,10 @@ export class StoredMemory extends Resource {
     this.#owner.assertWriter();
     const state = this.#state;
     if (state.metadata.isSnapshot)
-      throw new KvmError({ code: 'EROFS', message: `'${this.name}' is a snapshot: store.restore() gives a copy of it` });
+      throw new KvmError({
+        code: 'EROFS',
+        message: `'${this.name}' is a snapshot: store.restore() gives a copy of it`,
+      });
     if (!state.hostMemory || state.hostMemory.closed) {
       const { kvm, kernel } = this.#owner;
       const given = { kind: 'file', size: this.size, path: join(this.#folder, DATA) } as const;
@@ -214,6 +217,12 @@ export class StoredMemory extends Resource {
   get backing() {
     this.assertOpen();
     return { metadata: this.#state.metadata, path: join(this.#folder, DATA) };
+  }
+
+  /** @internal Another process may have recorded something since. */
+  renewed(metadata: Metadata): this {
+    this.#state.metadata = metadata;
+    return this;
   }
 
   #write(metadata: Metadata): void {

@@ -104,8 +104,7 @@ export function loadVcpu({ handle }: Vcpu, state: readonly StoredState[]): void 
   const { kernel, fd } = handle;
   for (const { call, number, bytes } of state) {
     const own = bytes.slice();
-    const result =
-      call === 'ioctl' ? kernel.ioctlStruct(fd, Number(number), own) : kernel.setOneReg(fd, number, own);
+    const result = call === 'ioctl' ? kernel.ioctlStruct(fd, Number(number), own) : kernel.setOneReg(fd, number, own);
     if (result >= 0) continue;
     const request = call === 'ioctl' ? `vCPU request 0x${number.toString(16)}` : 'KVM_SET_ONE_REG';
     throw systemError(result, { syscall: 'ioctl', request, args: { number } }, kernel.explain());

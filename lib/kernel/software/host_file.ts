@@ -1,11 +1,5 @@
 import fs from 'node:fs';
-import {
-  FALLOC_FL_KEEP_SIZE,
-  FALLOC_FL_PUNCH_HOLE,
-  O_CLOEXEC,
-  O_RDONLY,
-  O_RDWR,
-} from '../../uapi.ts';
+import { FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, O_CLOEXEC, O_RDONLY, O_RDWR } from '../../uapi.ts';
 import { dataExtents } from '../data_extents.ts';
 import { type LinuxKernel, linuxKernel } from '../linux/linux_kernel.ts';
 import type { Disk } from './page_store.ts';

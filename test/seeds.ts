@@ -47,6 +47,11 @@ const rows: readonly Row[] = [
   { id: '2.9', behaviour: 'the grant ring' },
   { id: '2.10', behaviour: 'what each I/O scheme costs' },
   { id: '2.11', behaviour: 'several backings behind one interface' },
+  { id: '3.1', behaviour: 'access only by mapping' },
+  { id: '3.3', behaviour: 'little metadata, large contiguous chunks' },
+  { id: '3.4', behaviour: 'guest memory survives the VMM' },
+  { id: '3.5', behaviour: 'a torn write is noticed, the last good state used' },
+  { id: '3.7', behaviour: 'the device ledger is saved and restored' },
 ];
 
 /** Where a row was shown, and how often. */

@@ -14,13 +14,15 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import zlib from 'node:zlib';
 import t from 'tap';
+import { formatRange } from '../lib/format.ts';
 import { GiB, GuestMemoryStore, Kvm, KvmError, type StoredMemory } from '../lib/index.ts';
 import { dataExtents } from '../lib/kernel/data_extents.ts';
 import { internal } from '../lib/resource.ts';
-import type { FileSystem } from '../lib/store/disk.ts';
+import { Disk, type FileSystem } from '../lib/store/disk.ts';
 import { BadMetadata, decode, encode, encodeRanges, HEADER_SIZE, type Metadata } from '../lib/store/metadata.ts';
+import { MetadataFile } from '../lib/store/metadata_file.ts';
 import { ERRNO } from '../lib/uapi.ts';
-import { type Backend, backends, errorOf, everywhere, refused, withPrivate } from './backends.ts';
+import { type Backend, backends, everywhere, refused, withPrivate } from './backends.ts';
 import { FailingKernel } from './failing_kernel.ts';
 
 // Guest memory that outlives its process.
@@ -41,8 +43,10 @@ await everywhere(t, 'seed 3.1: a guest_memfd is reached by mapping only', (t, { 
   const file = shared(2);
   const { kernel } = vm.backing;
   const bytes = new Uint8Array(8);
-  for (const result of [kernel.read(file.fd, bytes), kernel.pread(file.fd, bytes, 0), kernel.pwrite(file.fd, bytes, 0)])
-    t.equal(result, -ERRNO.EINVAL);
+  t.equal(kernel.read(file.fd, bytes), -ERRNO.EINVAL);
+  t.equal(kernel.write(file.fd, bytes), -ERRNO.EINVAL);
+  t.equal(kernel.pread(file.fd, bytes, 0), -ERRNO.ESPIPE);
+  t.equal(kernel.pwrite(file.fd, bytes, 0), -ERRNO.ESPIPE);
   if (vm.capabilities.guestMemfdInitShared) {
     file.bytes({ offset: P, size: 4 }).set([1, 2, 3, 4]);
     t.same([...file.bytes({ offset: P, size: 4 })], [1, 2, 3, 4]);
@@ -55,23 +59,23 @@ await everywhere(
   (t, { kvm, P }) => {
     const path = place();
     using store = kvm.openStore(path);
-    const large = store.create('large', { size: 2 ** 30 * P });
+    const large = store.create('large', { size: 2 ** 28 * P });
     const small = store.create('small', { size: P });
     const bytesOf = (name: string): number => statSync(join(path, name, 'metadata.0')).size;
     t.equal(bytesOf('large'), bytesOf('small'));
     t.same([large.extents(), small.extents()], [[], []], 'nothing is taken before it is written');
     const vm = kvm.createVm();
     vm.createMemslot({ address: 0, size: 512 * P, hostMemory: large.hostMemory });
-    vm.createMemslot({ address: 4 * GiB, size: 16 * P, hostMemory: large.hostMemory, hostOffset: 2 ** 29 * P });
+    vm.createMemslot({ address: 4 * GiB, size: 16 * P, hostMemory: large.hostMemory, hostOffset: 2 ** 27 * P });
     vm.memory.write(0, new Uint8Array(512 * P).fill(1));
     vm.memory.write(4 * GiB + P, new Uint8Array(P).fill(1));
     t.same(large.extents(), [
       { offset: 0, size: 512 * P },
-      { offset: (2 ** 29 + 1) * P, size: P },
+      { offset: (2 ** 27 + 1) * P, size: P },
     ]);
     t.equal(statSync(join(path, 'large', 'data')).blocks * 512 < 1024 * P, true, 'the rest is a hole');
     large.hostMemory.discard({ offset: 0, size: 512 * P });
-    t.same(large.extents(), [{ offset: (2 ** 29 + 1) * P, size: P }], 'a discard is one, too');
+    t.same(large.extents(), [{ offset: (2 ** 27 + 1) * P, size: P }], 'a discard is one, too');
     vm.close();
   },
 );
@@ -93,7 +97,7 @@ await everywhere(t, 'seed 3.4: memory survives a killed VMM: size, layout, bytes
       [7, 1024 * P, 16 * P, 48 * P],
     ],
   );
-  t.equal(text(vm.memory.read(5, 11)), 'by the host');
+  t.equal(text(vm.memory.read(40 * P + 5, 11)), 'by the host');
   t.equal(text(vm.memory.read(1024 * P + 9, 12)), 'by the guest');
   t.same([lost, vcpus], [[], []]);
   refused(t, () => store.attach(vm, 'guest'), 'EEXIST', 'memslots');
@@ -178,9 +182,8 @@ await withPrivate(t, 'private contents cannot be in a snapshot', (t, { kvm, vm, 
   vm.createMemslot({ address: 16 * P, size: 8 * P, hostMemory: host(8), guestMemfd: closed(8) });
   vm.setMemoryAttributes({ address: 18 * P, size: P }, { private: true });
   vm.setMemoryAttributes({ address: 20 * P, size: 2 * P }, { private: true });
-  const range = (address: number): string => `0x${address.toString(16)}`;
-  refused(t, () => store.snapshot(vm, 'one'), 'UNSUPPORTED', 'private');
-  t.match(errorOf(() => store.snapshot(vm, 'one')).message, range(18 * P).slice(2));
+  const named = [formatRange(18 * P, P), formatRange(20 * P, 2 * P)];
+  refused(t, () => store.snapshot(vm, 'one'), 'UNSUPPORTED', 'private', ...named);
   t.same(store.list(), [], 'nothing of it is there');
   vm.setMemoryAttributes({ address: 16 * P, size: 8 * P }, { private: false });
   t.equal(store.snapshot(vm, 'one').describe().isSnapshot, true);
@@ -244,7 +247,7 @@ t.test('seed 3.5: killed at every call of every update: the old state or the new
     const outcomes = new Set<string>();
     let alive = false;
     for (let step = 0; !alive; step++) {
-      for (const torn of [0, 0.3, 1]) {
+      {
         const path = place();
         using kvm = software();
         const life = mortal(Number.POSITIVE_INFINITY, 0);
@@ -255,7 +258,7 @@ t.test('seed 3.5: killed at every call of every update: the old state or the new
         memory.setTags({ state: 'old' });
         writeFileSync(join(path, 'guest', 'data'), 'data', { flag: 'r+' });
         const old = found(path);
-        current = mortal(step, torn);
+        current = mortal(step, 0.3);
         try {
           update(store, memory);
           alive = true;
@@ -330,8 +333,27 @@ function prepared(): string {
   return path;
 }
 
+/** The same from copies that are in memory, because ten thousand are many. */
+function readBack(copies: readonly Uint8Array[]): string {
+  const files = {
+    openSync: (path: string) => Number(path.at(-1)),
+    closeSync: () => {},
+    fstatSync: (fd: number) => ({ size: copies[fd]?.length }),
+    readSync: (fd: number, target: Uint8Array, offset: number, length: number, position: number) => {
+      const bytes = copies[fd]?.subarray(position, position + length) ?? new Uint8Array(0);
+      target.set(bytes, offset);
+      return bytes.length;
+    },
+  };
+  try {
+    return new MetadataFile(new Disk(files as unknown as FileSystem), 'guest').read().tags.get('tag') ?? 'no tag';
+  } catch (error) {
+    if (error instanceof KvmError && error.code === 'ERR_CORRUPT') return 'ERR_CORRUPT';
+    throw error;
+  }
+}
+
 t.test('seed 3.5: 10 000 updates cut anywhere', (t) => {
-  const path = prepared();
   const below = random(5);
   const [older, old, next] = [
     encode(sample('older', 70), 5n),
@@ -343,15 +365,20 @@ t.test('seed 3.5: 10 000 updates cut anywhere', (t) => {
     const cut = below(next.length + 1);
     // The disk has any prefix of what was written, over what was there, or a file that ends there.
     const torn = below(2) ? Buffer.concat([next.subarray(0, cut), older.subarray(cut)]) : next.subarray(0, cut);
-    outcomes[opened(path, [torn, old]) as 'old' | 'new']++;
+    outcomes[readBack([torn, old]) as 'old' | 'new']++;
   }
   t.equal(outcomes.old + outcomes.new, 10_000, JSON.stringify(outcomes));
   t.ok(outcomes.old > 0 && outcomes.new > 0);
+  const path = prepared();
+  t.same(
+    [opened(path, [next, old]), opened(path, [next.subarray(0, 99), old]), opened(path, [null, next])],
+    ['new', 'old', 'new'],
+  );
+  t.same([opened(path, [null, null]), opened(path, [next.subarray(0, 9), null])], ['ERR_CORRUPT', 'ERR_CORRUPT']);
   t.end();
 });
 
 t.test('seed 3.5: 10 000 mutations: a typed error, or a correct older state', (t) => {
-  const path = prepared();
   const below = random(9);
   const [old, last] = [encode(sample('old'), 5n), encode(sample('last', 60), 6n)];
   const mutate = (bytes: Uint8Array): Uint8Array => {
@@ -373,7 +400,7 @@ t.test('seed 3.5: 10 000 mutations: a typed error, or a correct older state', (t
   const outcomes = new Map<string, number>();
   for (let i = 0; i < 10_000; i++) {
     const both = below(4) === 0;
-    const outcome = opened(path, [both ? mutate(old) : old, mutate(last)]);
+    const outcome = readBack([both ? mutate(old) : old, mutate(last)]);
     const allowed = both ? ['ERR_CORRUPT'] : ['old'];
     if (!allowed.includes(outcome)) t.fail(`${outcome} of mutation ${i}`);
     outcomes.set(outcome, (outcomes.get(outcome) ?? 0) + 1);

@@ -23,7 +23,7 @@ if (task === 'live') {
   vm.addMemoryUser({ name: 'nic' }).hold({ address: HELD * P + 3, size: 17 });
   vm.addMemoryUser({ name: 'idle' });
   memory.record(vm);
-  vm.memory.write(5, Buffer.from('by the host'));
+  vm.memory.write(40 * P + 5, Buffer.from('by the host'));
   const agent = GuestAgent.boot(vm);
   agent.write(SECOND * P + 9, Buffer.from('by the guest'));
   process.kill(process.pid, 'SIGKILL');

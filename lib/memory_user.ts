@@ -48,6 +48,16 @@ interface Registry {
   assertIdle(address: number, size: number): void;
 }
 
+type Listener = Omit<MemoryUserOptions, 'name'>;
+
+/** @internal */
+export function checkedListener(given: { readonly [K in keyof Listener]: Listener[K] | undefined }): Listener {
+  const { converting, converted, kept } = given;
+  for (const [key, value] of Object.entries({ converting, converted, kept }))
+    if (value !== undefined && typeof value !== 'function') throw typeError(`options.${key} must be a function`);
+  return { ...(converting && { converting }), ...(converted && { converted }), ...(kept && { kept }) };
+}
+
 /**
  * A user of guest memory besides the guest: a device with DMA, a back end in another process, a migration. It is asked before memory changes
  * sides, may refuse, and is told the outcome.
@@ -55,25 +65,20 @@ interface Registry {
 export class MemoryUser implements Disposable {
   readonly name: string;
   readonly #registry: Registry;
-  readonly #listener: Omit<MemoryUserOptions, 'name'>;
+  readonly #listener: Listener;
   readonly #held = new Map<Hold<string>, MemoryHold>();
 
   /** @internal */
   static add(token: typeof internal, registry: Registry, given: MemoryUserOptions): MemoryUser {
     const { name, converting, converted, kept } = options('options', given);
     text('options.name', name);
-    for (const [key, value] of Object.entries({ converting, converted, kept }))
-      if (value !== undefined && typeof value !== 'function') throw typeError(`options.${key} must be a function`);
+    const listener = checkedListener({ converting, converted, kept });
     registry.assertOpen();
-    return new MemoryUser(token, registry, name, {
-      ...(converting && { converting }),
-      ...(converted && { converted }),
-      ...(kept && { kept }),
-    });
+    return new MemoryUser(token, registry, name, listener);
   }
 
   /** @internal */
-  constructor(token: typeof internal, registry: Registry, name: string, listener: Omit<MemoryUserOptions, 'name'>) {
+  constructor(token: typeof internal, registry: Registry, name: string, listener: Listener) {
     guardConstructor(token, 'vm.addMemoryUser()');
     this.name = name;
     this.#registry = registry;
@@ -135,7 +140,7 @@ export class MemoryUser implements Disposable {
   }
 
   /** @internal */
-  get listener(): Omit<MemoryUserOptions, 'name'> {
+  get listener(): Listener {
     return this.#listener;
   }
 }

@@ -14,9 +14,9 @@ import type { Vm } from '../vm.ts';
 import { capture, vcpusOf } from './capture.ts';
 import { copyIn, copyOut, type Source } from './copy.ts';
 import { corrupt, Disk, type FileSystem } from './disk.ts';
-import type { Metadata } from './metadata.ts';
+import type { Metadata, StoredRegion } from './metadata.ts';
 import { MetadataFile } from './metadata_file.ts';
-import { type AttachOptions, assertFits, type Rebuilt, rebuild } from './rebuild.ts';
+import { type AttachOptions, assertFits, listenersOf, type Rebuilt, rebuild } from './rebuild.ts';
 import { DATA, type MemoryOwner, StoredMemory, tagsOf } from './stored_memory.ts';
 import { WriterLock } from './writer_lock.ts';
 
@@ -208,19 +208,19 @@ export class GuestMemoryStore extends Resource {
    *   readOnly · `ENOENT`, `ERR_CORRUPT` as open() · what making each of them throws; the VM is as before then · `ERR_CLOSED`
    */
   attach(vm: Vm, name: string, given: AttachOptions = {}): StoredVm {
-    const read = { ...options('options', given) };
+    const listeners = listenersOf(given);
     const memory = this.open(name);
     const { metadata } = memory.backing;
     assertFits(vm, metadata);
+    const { isMapped } = memory.backing;
     const { hostMemory } = memory;
-    const rebuilt = rebuild(
-      vm,
-      metadata,
-      ({ dataOffset }) => ({ memory: hostMemory, offset: dataOffset ?? 0 }),
-      () => {},
-      read,
-    );
-    return { memory, ...rebuilt };
+    const host = ({ dataOffset }: StoredRegion) => ({ memory: hostMemory, offset: dataOffset ?? 0 });
+    try {
+      return { memory, ...rebuild(vm, metadata, host, () => {}, listeners) };
+    } catch (error) {
+      if (!isMapped) hostMemory.close();
+      throw error;
+    }
   }
 
   /**
@@ -255,7 +255,7 @@ export class GuestMemoryStore extends Resource {
    * @throws KvmError as attach() · `ENOMEM`
    */
   restore(vm: Vm, name: string, given: AttachOptions = {}): StoredVm {
-    const read = { ...options('options', given) };
+    const listeners = listenersOf(given);
     const { metadata, path } = this.open(name).backing;
     assertFits(vm, metadata);
     const made: HostMemory[] = [];
@@ -272,7 +272,7 @@ export class GuestMemoryStore extends Resource {
         },
         ({ size, dataOffset }, file) =>
           copyIn(this.#disk, kernel, path, { offset: dataOffset ?? 0, size }, file.backing.map()),
-        read,
+        listeners,
       );
       return { memory: null, ...rebuilt };
     } catch (error) {

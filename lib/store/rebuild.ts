@@ -2,7 +2,7 @@ import { KvmError } from '../errors.ts';
 import type { GuestMemfd } from '../guest_memfd.ts';
 import type { GuestRange } from '../guest_range.ts';
 import type { HostMemory } from '../host_memory.ts';
-import type { MemoryUser, MemoryUserOptions } from '../memory_user.ts';
+import { checkedListener, type MemoryUser, type MemoryUserOptions } from '../memory_user.ts';
 import type { Memslot } from '../memslot.ts';
 import { options, typeError } from '../validate.ts';
 import type { Vcpu } from '../vcpu.ts';
@@ -14,6 +14,20 @@ import { isVcpuState, loadVcpu } from './vcpu_state.ts';
 export interface AttachOptions {
   /** By the name of a device of the ledger, what it wants to know of conversions from now on. */
   readonly users?: Readonly<Record<string, Omit<MemoryUserOptions, 'name'>>>;
+}
+
+type Listeners = ReadonlyMap<string, Omit<MemoryUserOptions, 'name'>>;
+
+/** Read before anything is made, so that what is wrong with them changes nothing. */
+export function listenersOf(given: AttachOptions): Listeners {
+  const { users } = options('options', given);
+  if (users === undefined) return new Map();
+  return new Map(
+    Object.entries(options('users', users)).map(([name, listener]) => {
+      const { converting, converted, kept } = options(`users.${name}`, listener);
+      return [name, checkedListener({ converting, converted, kept })];
+    }),
+  );
 }
 
 export interface Rebuilt {
@@ -50,9 +64,8 @@ export function rebuild(
   metadata: Metadata,
   host: (region: StoredRegion) => HostSide,
   fill: (region: StoredRegion, file: GuestMemfd) => void,
-  given: AttachOptions,
+  listeners: Listeners,
 ): Rebuilt {
-  const listeners = { ...options('users', given.users ?? {}) };
   const undo: (() => void)[] = [];
   try {
     const hosts = metadata.regions.map((region) => (region.kind === 'host' ? host(region) : null));
@@ -78,8 +91,7 @@ export function rebuild(
     }
     restoreAttributes(vm, metadata, undo);
     const users = metadata.users.map(({ name, holds }) => {
-      const listener = Object.hasOwn(listeners, name) ? options(`users.${name}`, listeners[name]) : {};
-      const user = vm.addMemoryUser({ ...listener, name });
+      const user = vm.addMemoryUser({ ...listeners.get(name), name });
       undo.push(() => user.remove());
       for (const range of holds) user.hold(range);
       return user;

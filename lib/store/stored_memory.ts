@@ -166,9 +166,9 @@ export class StoredMemory extends Resource {
     this.assertOpen();
     const { kernel } = this.#owner;
     const path = join(this.#folder, DATA);
-    const own = this.#state.hostMemory;
-    const mapped = own !== null && !own.closed;
-    const fd = mapped ? own.backing.fd : kernel.open(path, O_RDONLY | O_CLOEXEC);
+    const { hostMemory } = this.#state;
+    const mapped = hostMemory?.closed === false;
+    const fd = mapped ? hostMemory.backing.fd : kernel.open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) throw systemError(fd, { syscall: 'open', args: { path } }, kernel.explain());
     try {
       return Array.from(dataExtents(kernel, fd, 0, this.size), ({ start, end }) => ({
@@ -216,13 +216,17 @@ export class StoredMemory extends Resource {
   /** @internal */
   get backing() {
     this.assertOpen();
-    return { metadata: this.#state.metadata, path: join(this.#folder, DATA) };
+    return { metadata: this.#state.metadata, path: join(this.#folder, DATA), isMapped: this.#isMapped };
   }
 
   /** @internal Another process may have recorded something since. */
   renewed(metadata: Metadata): this {
     this.#state.metadata = metadata;
     return this;
+  }
+
+  get #isMapped(): boolean {
+    return this.#state.hostMemory?.closed === false;
   }
 
   #write(metadata: Metadata): void {

@@ -5,12 +5,14 @@ import {
   type ConvertOptions,
   GuestMemfd,
   GuestMemory,
+  GuestMemoryStore,
   HostMemory,
   Kvm,
   KvmError,
   MemoryAttributes,
   type MemoryUser,
   Memslot,
+  StoredMemory,
   type Vcpu,
   Vm,
 } from '../../lib/index.ts';
@@ -42,6 +44,9 @@ interface World {
   readonly otherKvm: Kvm;
   readonly foreignHost: HostMemory;
   readonly foreignFile: GuestMemfd;
+  /** Opened when it is first asked for. */
+  readonly store: GuestMemoryStore;
+  readonly stored: StoredMemory;
 }
 
 function create(): World {
@@ -57,6 +62,11 @@ function create(): World {
   host.bytes({ offset: 0, size: 2 * P }).fill(1);
   file.allocate({ offset: 0, size: P });
   if (typeName !== 'default') vm.setMemoryAttributes({ address: 17 * P, size: P }, { private: true });
+  let store: GuestMemoryStore | undefined;
+  const openStore = (): GuestMemoryStore => {
+    store ??= kvm.openStore(join(FOLDER, 'store'));
+    return store;
+  };
   return {
     kvm,
     otherKvm,
@@ -70,6 +80,13 @@ function create(): World {
     user: vm.addMemoryUser({ name: 'device' }),
     foreignHost: otherKvm.createHostMemory({ size: 16 * P }),
     foreignFile: otherVm.createGuestMemfd({ size: 16 * P }),
+    get store() {
+      return openStore();
+    },
+    get stored() {
+      const own = openStore();
+      return own.list().includes('one') ? own.open('one') : own.create('one', { size: 4 * P });
+    },
   };
 }
 
@@ -217,6 +234,54 @@ const methods: readonly Method[] = [
     'convertSync',
     (world) => [range(world), 'shared', convertOptions(world)],
   ),
+  method(
+    ({ kvm }) => kvm,
+    'openStore',
+    () => [join(FOLDER, 'another store'), { readOnly: false }],
+  ),
+  method(
+    ({ store }) => store,
+    'create',
+    ({ P, store }) => {
+      if (store.list().includes('new')) store.remove('new');
+      return ['new', { size: P, tags: { a: 'b' } }];
+    },
+  ),
+  ...(['open', 'remove'] as const).map((name) =>
+    method(
+      ({ store }) => store,
+      name,
+      ({ stored }) => [stored.name],
+    ),
+  ),
+  ...(['attach', 'restore'] as const).map((name) =>
+    method(
+      ({ store }) => store,
+      name,
+      ({ kvm, stored }) => [kvm.createVm(), stored.name, { users: {} }],
+    ),
+  ),
+  method(
+    ({ store }) => store,
+    'snapshot',
+    ({ store, vm, vcpu }) => {
+      if (store.list().includes('copy')) store.remove('copy');
+      return [vm, 'copy', { vcpus: [vcpu], tags: {} }];
+    },
+  ),
+  method(({ store }) => store, 'list'),
+  method(({ store }) => store, 'close'),
+  method(
+    ({ stored }) => stored,
+    'setTags',
+    () => [{ a: 'b' }],
+  ),
+  method(
+    ({ stored }) => stored,
+    'record',
+    ({ kvm }) => [kvm.createVm(), { vcpus: [] }],
+  ),
+  ...(['describe', 'extents', 'sync', 'close'] as const).map((name) => method(({ stored }) => stored, name)),
   method(({ vm }) => vm, 'describe'),
   method(
     ({ vm }) => vm,
@@ -512,7 +577,10 @@ async function tornOff(each: Method): Promise<void> {
 
 /** Getters of the prototypes, on something that is not theirs; and properties that a caller overwrites or deletes. */
 async function properties(): Promise<void> {
-  const classes = [Kvm, Vm, Memslot, GuestMemfd, HostMemory, GuestMemory, MemoryAttributes];
+  const classes = [
+    ...[Kvm, Vm, Memslot, GuestMemfd, HostMemory, GuestMemory, MemoryAttributes],
+    ...[GuestMemoryStore, StoredMemory],
+  ];
   for (const one of classes) {
     for (
       let prototype = one.prototype as object;

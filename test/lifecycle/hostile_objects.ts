@@ -534,7 +534,9 @@ async function reentrant(each: Method): Promise<void> {
           if (result instanceof Kvm || result instanceof Vm) result.close();
         } catch (error) {
           if (!isTyped(error)) complain(what, error);
-          if (survivors(kvm, otherKvm) !== after) complain(what, `changed ${after} to ${survivors(kvm, otherKvm)}`);
+          // An object that is no options has no property that is read.
+          if (after !== '' && survivors(kvm, otherKvm) !== after)
+            complain(what, `changed ${after} to ${survivors(kvm, otherKvm)}`);
         }
         renew();
       }

@@ -1,6 +1,6 @@
 import fs from 'node:fs';
 import { KvmError, systemError } from '../errors.ts';
-import { ERRNO, type ErrnoName } from '../uapi.ts';
+import { ERRNO, type ErrnoName, errnoName } from '../uapi.ts';
 
 /** What the store does with files: node:fs, or a test that fails on purpose. */
 export type FileSystem = Pick<
@@ -38,6 +38,11 @@ const reasons: Readonly<Record<string, string>> = {
   EINVAL: 'the file system cannot do that',
   EIO: 'the disk could not read or write it',
 };
+
+/** Why a call on a file fails, where its errno says it. */
+export function fileReason(errno: number): string | null {
+  return reasons[errnoName(errno)] ?? null;
+}
 
 /** What node:fs threw, as an error of this library; others are passed on. */
 export function fileError(error: unknown, path: string): unknown {

@@ -12,6 +12,7 @@ import type { Vcpu } from '../vcpu.ts';
 import type { Vm } from '../vm.ts';
 import type { VmType } from '../vm_type.ts';
 import { capture, vcpusOf } from './capture.ts';
+import { fileReason } from './disk.ts';
 import { type Metadata, pageRanges } from './metadata.ts';
 import type { MetadataFile } from './metadata_file.ts';
 
@@ -191,7 +192,7 @@ export class StoredMemory extends Resource {
     const { kernel } = this.#owner;
     const { mapping } = this.hostMemory.backing;
     const result = kernel.msync(mapping, 0, this.size, MS_SYNC);
-    if (result < 0) throw systemError(result, { syscall: 'msync' }, kernel.explain());
+    if (result < 0) throw systemError(result, { syscall: 'msync' }, kernel.explain() ?? fileReason(result));
   }
 
   /**

@@ -258,7 +258,7 @@ const methods: readonly Method[] = [
     method(
       ({ store }) => store,
       name,
-      ({ kvm, stored }) => [kvm.createVm(), stored.name, { users: {} }],
+      ({ otherVm, stored }) => [otherVm, stored.name, { users: {} }],
     ),
   ),
   method(
@@ -279,7 +279,7 @@ const methods: readonly Method[] = [
   method(
     ({ stored }) => stored,
     'record',
-    ({ kvm }) => [kvm.createVm(), { vcpus: [] }],
+    ({ otherVm }) => [otherVm, { vcpus: [] }],
   ),
   ...(['describe', 'extents', 'sync', 'close'] as const).map((name) => method(({ stored }) => stored, name)),
   method(({ vm }) => vm, 'describe'),

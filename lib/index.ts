@@ -8,7 +8,7 @@ export type { Exit } from './exit.ts';
 export { GuestMemfd } from './guest_memfd.ts';
 export { GuestMemory } from './guest_memory.ts';
 export type { FileRange, GuestRange, Visibility } from './guest_range.ts';
-export { type FdStoreOptions, type StoredMemory, storeInSystemd, takeFromSystemd } from './handover/fd_store.ts';
+export { type FdStoreOptions, type MemoryInSystemd, storeInSystemd, takeFromSystemd } from './handover/fd_store.ts';
 export {
   type HandOverOptions,
   type HandOverReport,
@@ -37,6 +37,14 @@ export type { NumaMode, NumaPolicy } from './numa.ts';
 export { Pager, type PagerOptions, type PagerProgress } from './pager/pager.ts';
 export type { PageContent, PageSourceModule } from './pager/source.ts';
 export type { Statistics } from './statistics.ts';
+export {
+  GuestMemoryStore,
+  type SnapshotOptions,
+  type StoredVm,
+  type StoreOptions,
+} from './store/guest_memory_store.ts';
+export type { AttachOptions } from './store/rebuild.ts';
+export { type MemoryDescription, type RecordOptions, StoredMemory } from './store/stored_memory.ts';
 export { GiB, KiB, MiB, TiB } from './uapi.ts';
 export { type RunOptions, Vcpu } from './vcpu.ts';
 export type { VcpuModule } from './vcpu_driver.ts';

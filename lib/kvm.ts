@@ -5,6 +5,7 @@ import { linuxKernel } from './kernel/linux/linux_kernel.ts';
 import { softwareKernel } from './kernel/software/index.ts';
 import type { Arch, ModelOptions } from './model_options.ts';
 import { closing, guardConstructor, internal, Resource } from './resource.ts';
+import { GuestMemoryStore, type StoreOptions } from './store/guest_memory_store.ts';
 import { ERRNO, KVM_API_VERSION, KVM_CAP } from './uapi.ts';
 import { integer, oneOf, options, rangeError, text } from './validate.ts';
 import { Vm } from './vm.ts';
@@ -163,6 +164,17 @@ export class Kvm extends Resource {
    */
   createHostMemory(given: HostMemoryOptions): HostMemory {
     return HostMemory.create(internal, this, this.#kernel, given, () => this.assertOpen());
+  }
+
+  /**
+   * A place for guest memory that outlives this process: a folder, which is created when missing, on a file system that keeps what it is given
+   * as long as it has to be kept (tmpfs: until the host restarts).
+   *
+   * @throws KvmError `EBUSY` another one writes to it, and this one was not asked to be `readOnly` · `EACCES`, `ENOSPC` and others of the system calls
+   *   behind it · `ERR_CLOSED`
+   */
+  openStore(path: string, given: StoreOptions = {}): GuestMemoryStore {
+    return GuestMemoryStore.open(internal, this, this.#kernel, path, given, () => this.assertOpen());
   }
 
   /** A signal to the process (a profiler's, a timer's) interrupts the creation, and nothing of it remains then. */

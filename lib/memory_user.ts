@@ -54,6 +54,21 @@ interface Registry {
   assertIdle(address: number, size: number): void;
 }
 
+type Listener = Omit<MemoryUserOptions, 'name'>;
+
+/** @internal */
+export function checkedListener(given: { readonly [K in keyof Listener]: Listener[K] | undefined }): Listener {
+  const { converting, converted, kept, discarding } = given;
+  for (const [key, value] of Object.entries({ converting, converted, kept, discarding }))
+    if (value !== undefined && typeof value !== 'function') throw typeError(`options.${key} must be a function`);
+  return {
+    ...(converting && { converting }),
+    ...(converted && { converted }),
+    ...(kept && { kept }),
+    ...(discarding && { discarding }),
+  };
+}
+
 /**
  * A user of guest memory besides the guest: a device with DMA, a back end in another process, a migration. It is asked before memory changes
  * sides, may refuse, and is told the outcome.
@@ -61,26 +76,20 @@ interface Registry {
 export class MemoryUser implements Disposable {
   readonly name: string;
   readonly #registry: Registry;
-  readonly #listener: Omit<MemoryUserOptions, 'name'>;
+  readonly #listener: Listener;
   readonly #held = new Map<Hold<string>, MemoryHold>();
 
   /** @internal */
   static add(token: typeof internal, registry: Registry, given: MemoryUserOptions): MemoryUser {
     const { name, converting, converted, kept, discarding } = options('options', given);
     text('options.name', name);
-    for (const [key, value] of Object.entries({ converting, converted, kept, discarding }))
-      if (value !== undefined && typeof value !== 'function') throw typeError(`options.${key} must be a function`);
+    const listener = checkedListener({ converting, converted, kept, discarding });
     registry.assertOpen();
-    return new MemoryUser(token, registry, name, {
-      ...(converting && { converting }),
-      ...(converted && { converted }),
-      ...(kept && { kept }),
-      ...(discarding && { discarding }),
-    });
+    return new MemoryUser(token, registry, name, listener);
   }
 
   /** @internal */
-  constructor(token: typeof internal, registry: Registry, name: string, listener: Omit<MemoryUserOptions, 'name'>) {
+  constructor(token: typeof internal, registry: Registry, name: string, listener: Listener) {
     guardConstructor(token, 'vm.addMemoryUser()');
     this.name = name;
     this.#registry = registry;
@@ -147,7 +156,7 @@ export class MemoryUser implements Disposable {
   }
 
   /** @internal */
-  get listener(): Omit<MemoryUserOptions, 'name'> {
+  get listener(): Listener {
     return this.#listener;
   }
 }

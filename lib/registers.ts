@@ -74,6 +74,9 @@ const armRegisters = new Map<string, bigint>([
   ['vbar_el1', systemRegister(3, 0, 12, 0, 0)],
 ]);
 
+/** What a vCPU has of them at least, where KVM_GET_REG_LIST cannot be asked. */
+export const armRegisterIds: readonly bigint[] = [...armRegisters.values()];
+
 export function registerFile(
   kernel: Kernel,
   vcpu: number,

@@ -476,6 +476,7 @@ export class Vm extends Resource {
       kernel: this.#kernel,
       fd: this.#fd,
       runs: this.#runs,
+      users: this.#users,
       assertOpen: () => this.assertOpen(),
       assertOwn: () => this.#assertOwn(),
       assertIdle: (address: number, size: number) => this.#assertIdle(address, size),

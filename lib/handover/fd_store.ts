@@ -18,7 +18,7 @@ export interface FdStoreOptions {
 }
 
 /** Memory that systemd keeps. The VM is frozen as long as it does. */
-export interface StoredMemory {
+export interface MemoryInSystemd {
   /** Bytes of guest memory in the store, none of which was copied. */
   readonly bytes: number;
   /**
@@ -42,7 +42,7 @@ const TRIES = 1000;
  * @throws KvmError `UNSUPPORTED` no $NOTIFY_SOCKET, the software kernel, or memory as for handOver() · `EBUSY`, `EPERM` as for handOver() · `ERR_CLOSED`
  * @see sd_notify(3), sd_pid_notify_with_fds(3)
  */
-export function storeInSystemd(vm: Vm, given: FdStoreOptions = {}): StoredMemory {
+export function storeInSystemd(vm: Vm, given: FdStoreOptions = {}): MemoryInSystemd {
   if (!(vm instanceof Vm)) throw typeError('vm must be a Vm');
   const { name: wanted, data = new Uint8Array() } = options('options', given);
   const [name, plain] = [storeName(wanted), bytes('options.data', data)];

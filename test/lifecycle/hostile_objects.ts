@@ -7,12 +7,14 @@ import {
   type ConvertOptions,
   GuestMemfd,
   GuestMemory,
+  GuestMemoryStore,
   HostMemory,
   Kvm,
   KvmError,
   MemoryAttributes,
   type MemoryUser,
   Memslot,
+  StoredMemory,
   type Vcpu,
   Vm,
 } from '../../lib/index.ts';
@@ -46,6 +48,9 @@ interface World {
   readonly foreignFile: GuestMemfd;
   /** Of a file on disk, and all the memory that otherVm has. */
   readonly onDisk: HostMemory;
+  /** Opened when it is first asked for. */
+  readonly store: GuestMemoryStore;
+  readonly stored: StoredMemory;
 }
 
 function create(): World {
@@ -63,6 +68,11 @@ function create(): World {
   const onDisk = kvm.createHostMemory({ size: P, kind: 'file', path: SCRATCH });
   otherVm.createMemslot({ address: 1024 * P, size: P, hostMemory: onDisk });
   if (typeName !== 'default') vm.setMemoryAttributes({ address: 17 * P, size: P }, { private: true });
+  let store: GuestMemoryStore | undefined;
+  const openStore = (): GuestMemoryStore => {
+    store ??= kvm.openStore(join(FOLDER, 'store'));
+    return store;
+  };
   return {
     kvm,
     otherKvm,
@@ -77,6 +87,13 @@ function create(): World {
     foreignHost: otherKvm.createHostMemory({ size: 16 * P }),
     foreignFile: otherVm.createGuestMemfd({ size: 16 * P }),
     onDisk,
+    get store() {
+      return openStore();
+    },
+    get stored() {
+      const own = openStore();
+      return own.list().includes('one') ? own.open('one') : own.create('one', { size: 4 * P });
+    },
   };
 }
 
@@ -237,6 +254,54 @@ const methods: readonly Method[] = [
     'convertSync',
     (world) => [range(world), 'shared', convertOptions(world)],
   ),
+  method(
+    ({ kvm }) => kvm,
+    'openStore',
+    () => [join(FOLDER, 'another store'), { readOnly: false }],
+  ),
+  method(
+    ({ store }) => store,
+    'create',
+    ({ P, store }) => {
+      if (store.list().includes('new')) store.remove('new');
+      return ['new', { size: P, tags: { a: 'b' } }];
+    },
+  ),
+  ...(['open', 'remove'] as const).map((name) =>
+    method(
+      ({ store }) => store,
+      name,
+      ({ stored }) => [stored.name],
+    ),
+  ),
+  ...(['attach', 'restore'] as const).map((name) =>
+    method(
+      ({ store }) => store,
+      name,
+      ({ otherVm, stored }) => [otherVm, stored.name, { users: {} }],
+    ),
+  ),
+  method(
+    ({ store }) => store,
+    'snapshot',
+    ({ store, vm, vcpu }) => {
+      if (store.list().includes('copy')) store.remove('copy');
+      return [vm, 'copy', { vcpus: [vcpu], tags: {} }];
+    },
+  ),
+  method(({ store }) => store, 'list'),
+  method(({ store }) => store, 'close'),
+  method(
+    ({ stored }) => stored,
+    'setTags',
+    () => [{ a: 'b' }],
+  ),
+  method(
+    ({ stored }) => stored,
+    'record',
+    ({ otherVm }) => [otherVm, { vcpus: [] }],
+  ),
+  ...(['describe', 'extents', 'sync', 'close'] as const).map((name) => method(({ stored }) => stored, name)),
   method(({ vm }) => vm, 'describe'),
   method(({ vm }) => vm, 'unlockAll'),
   method(({ vm }) => vm, 'statistics'),
@@ -646,7 +711,10 @@ async function tornOff(each: Method): Promise<void> {
 
 /** Getters of the prototypes, on something that is not theirs; and properties that a caller overwrites or deletes. */
 async function properties(): Promise<void> {
-  const classes = [Kvm, Vm, Memslot, GuestMemfd, HostMemory, GuestMemory, MemoryAttributes, api.Pager, api.CarveOut];
+  const classes = [
+    ...[Kvm, Vm, Memslot, GuestMemfd, HostMemory, GuestMemory, MemoryAttributes],
+    ...[GuestMemoryStore, StoredMemory, api.Pager, api.CarveOut],
+  ];
   for (const one of classes) {
     for (
       let prototype = one.prototype as object;

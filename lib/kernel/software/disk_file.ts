@@ -1,13 +1,15 @@
 import fs from 'node:fs';
 import { ERRNO, type ErrnoName, O_CREAT, O_RDWR, O_WRONLY } from '../../uapi.ts';
 import type { Result } from '../kernel.ts';
+import { HostFile } from './host_file.ts';
 import { MemoryFile } from './memory_file.ts';
 
-const CHUNK = 1 << 20;
-
-/** A real file of the host seen through the software kernel's page cache: read when opened, written back when synced and closed. */
+/**
+ * A real file of the host. What is written by a call or by a guest is in it at once, so that it outlives a process that is killed; what is
+ * written through a window when the file is synced or closed.
+ */
 export class DiskFile extends MemoryFile {
-  readonly #fd: number;
+  readonly #host: HostFile;
   readonly #writable: boolean;
 
   /** @returns the file, or -errno. */
@@ -17,7 +19,7 @@ export class DiskFile extends MemoryFile {
     return attempt(() => {
       const fd = fs.openSync(path, (access ? readWrite : O_RDONLY) | (flags & O_CREAT ? create : 0), mode);
       try {
-        return new DiskFile(pageSize, fd, access !== 0);
+        return new DiskFile(pageSize, new HostFile(fd, access !== 0), fs.fstatSync(fd), access !== 0);
       } catch (error) {
         fs.closeSync(fd);
         throw error;
@@ -25,55 +27,42 @@ export class DiskFile extends MemoryFile {
     });
   }
 
-  private constructor(pageSize: number, fd: number, writable: boolean) {
-    const status = fs.fstatSync(fd);
-    super(pageSize, BigInt(status.ino), { mode: status.mode });
-    this.#fd = fd;
+  private constructor(pageSize: number, host: HostFile, status: fs.Stats, writable: boolean) {
+    super(pageSize, BigInt(status.ino), { mode: status.mode, disk: host });
+    this.#host = host;
     this.#writable = writable;
-    this.size = status.size;
+    this.size = host.size = status.size;
     // A file without blocks is one hole, however large.
-    if (status.blocks !== 0) this.#load();
+    if (status.blocks === 0) return;
+    for (const { start, end } of host.dataWithin(0, this.size))
+      this.store.touch(Math.floor(start / pageSize), Math.ceil(end / pageSize));
+  }
+
+  override write(source: Uint8Array, offset: number): Result {
+    this.#host.size = Math.max(this.#host.size, offset + source.length);
+    return super.write(source, offset);
   }
 
   override truncate(size: number): Result {
     if (!this.#writable) return -ERRNO.EINVAL;
-    return attempt(() => fs.ftruncateSync(this.#fd, size) ?? 0) || super.truncate(size);
+    const result = attempt(() => this.#host.truncate(size) ?? 0);
+    return result || super.truncate(size);
+  }
+
+  override allocate(offset: number, length: number, keepSize: boolean): Result {
+    const result = attempt(() => this.#host.allocate(offset, length, keepSize));
+    return result || super.allocate(offset, length, keepSize);
   }
 
   override sync(): Result {
-    return this.#writable ? attempt(() => this.#writeBack()) : 0;
-  }
-
-  #writeBack(): Result {
-    const { pageSize } = this.store;
-    const buffer = new Uint8Array(CHUNK);
-    for (const { start, end } of this.store.presentWithin(0, this.pages)) {
-      for (let at = start * pageSize; at < Math.min(end * pageSize, this.size); at += CHUNK) {
-        const chunk = buffer.subarray(0, Math.min(CHUNK, end * pageSize - at, this.size - at));
-        this.store.read(at, chunk);
-        fs.writeSync(this.#fd, chunk, 0, chunk.length, at);
-      }
-    }
-    return 0;
+    return this.#writable ? attempt(() => (this.store.writeBack() ? (this.#host.sync() ?? 0) : -ERRNO.ENOSPC)) : 0;
   }
 
   protected override released(): void {
     super.released();
-    if (this.sync() < 0)
+    if (this.#writable && !this.store.writeBack())
       process.emitWarning('a file behind host memory could not be written back', { code: 'GUEST_MEMFD_WRITEBACK' });
-    fs.closeSync(this.#fd);
-  }
-
-  #load(): void {
-    const { pageSize } = this.store;
-    const buffer = new Uint8Array(CHUNK);
-    for (let at = 0; at < this.size; at += CHUNK) {
-      const length = fs.readSync(this.#fd, buffer, 0, CHUNK, at);
-      for (let page = 0; page < length; page += pageSize) {
-        const bytes = buffer.subarray(page, Math.min(page + pageSize, length));
-        if (bytes.some((byte) => byte !== 0)) this.store.write(at + page, bytes);
-      }
-    }
+    this.#host.close();
   }
 }
 

@@ -12,7 +12,7 @@ import {
 import { F_SEAL_GUEST } from '../../uapi_proposed.ts';
 import type { Result } from '../kernel.ts';
 import { type GuestMemfdFile, OpenFile } from '../state.ts';
-import { PageStore } from './page_store.ts';
+import { type Disk, PageStore } from './page_store.ts';
 
 export const SEAL_SEAL = 1;
 const SEAL_SHRINK = 2;
@@ -37,9 +37,9 @@ export class MemoryFile extends OpenFile {
   /** What a VM sees of a file that is sealed for a guest, from the first memslot on. */
   guest: GuestMemfdFile | null = null;
 
-  constructor(pageSize: number, ino: bigint, options: { sealable?: boolean; mode?: number } = {}) {
+  constructor(pageSize: number, ino: bigint, options: { sealable?: boolean; mode?: number; disk?: Disk } = {}) {
     super('file');
-    this.store = new PageStore(pageSize, () => this.size);
+    this.store = new PageStore(pageSize, () => this.size, options.disk);
     this.ino = ino;
     this.mode = options.mode ?? 0o100777;
     this.seals = options.sealable ? 0 : SEAL_SEAL;

@@ -3,6 +3,16 @@ import { RangeMap } from '../../ranges.ts';
 /** A window covers whole spans of this many bytes: the most that one ArrayBuffer can hold on Node 20. */
 const SPAN = 2 ** 32;
 
+/** A file of the host that has the bytes, except those that a window shows or that it could not take. */
+export interface Disk {
+  read(offset: number, target: Uint8Array): void;
+  /** Whether it took the bytes. */
+  write(offset: number, source: Uint8Array): boolean;
+  zero(offset: number, end: number): void;
+  /** The parts of a range that are not holes. */
+  dataWithin(offset: number, end: number): Iterable<{ readonly start: number; readonly end: number }>;
+}
+
 /** Bytes that are together in one buffer, because they are, or may be, seen through a window. */
 class Extent {
   readonly start: number;
@@ -56,11 +66,13 @@ export class PageStore {
   /** Pages → the clock when they were unmapped; nothing before a guest has mapped any. */
   readonly #changed = new RangeMap<number>();
   #isMapped = false;
+  readonly #disk: Disk | null;
 
   /** @param size Bytes of what is stored, which may change: a window's buffer need not be larger. */
-  constructor(pageSize: number, size: () => number) {
+  constructor(pageSize: number, size: () => number, disk: Disk | null = null) {
     this.pageSize = pageSize;
     this.#size = size;
+    this.#disk = disk;
   }
 
   /** Counts the times that pages went, or that their mappings did. */
@@ -109,10 +121,12 @@ export class PageStore {
       this.#zero(extent, start, Math.min(endPage * this.pageSize, extent.end));
     }
     if (this.#pages.size > 0) this.#forget(startPage, endPage);
+    this.#disk?.zero(startPage * this.pageSize, endPage * this.pageSize);
   }
 
   /** Zeroes bytes inside pages that exist, as a hole smaller than a page does. */
   zero(offset: number, end: number): void {
+    this.#disk?.zero(offset, end);
     for (const { start, end: stop } of this.#present.within(
       Math.floor(offset / this.pageSize),
       Math.ceil(end / this.pageSize),
@@ -165,6 +179,7 @@ export class PageStore {
     this.#pieces(offset, target.length, (at, position, length) => {
       const source = this.#bytesAt(at, at + length);
       if (source) target.set(source, position);
+      else if (this.#disk) this.#disk.read(at, target.subarray(position, position + length));
       else target.fill(0, position, position + length);
     });
   }
@@ -173,15 +188,36 @@ export class PageStore {
     if (source.length === 0) return;
     this.touch(Math.floor(offset / this.pageSize), Math.ceil((offset + source.length) / this.pageSize));
     this.#pieces(offset, source.length, (at, position, length) => {
+      const piece = source.subarray(position, position + length);
       let page = this.#bytesAt(at, at + length);
+      if (this.#disk?.write(at, piece) && !page) return;
       if (!page) {
         const number = Math.floor(at / this.pageSize);
         const whole = new Uint8Array(this.pageSize);
+        this.#disk?.read(number * this.pageSize, whole);
         this.#pages.set(number, whole);
         page = whole.subarray(at - number * this.pageSize);
       }
-      page.set(source.subarray(position, position + length));
+      page.set(piece);
     });
+  }
+
+  /** Puts on the disk what is only here: what windows show, and what the disk did not take before. Whether it took all of it. */
+  writeBack(): boolean {
+    const { pageSize } = this;
+    let all = true;
+    for (const [page, bytes] of this.#pages) {
+      if (this.#disk?.write(page * pageSize, bytes)) this.#pages.delete(page);
+      else all = false;
+    }
+    for (const { start, end } of this.#windowed)
+      for (const part of this.presentWithin(start, end))
+        for (let page = part.start; page < part.end; page++)
+          all =
+            (this.#disk?.write(page * pageSize, this.#bytesAt(page * pageSize, (page + 1) * pageSize) as Uint8Array) &&
+              all) ||
+            false;
+    return all;
   }
 
   /** A live view, or null where its bytes are in two windows already that cannot be one. @param holds Whether it counts as a use of its pages. */
@@ -241,6 +277,8 @@ export class PageStore {
   #materialize(start: number, end: number): Extent {
     const extent = new Extent(start, end);
     const bytes = new Uint8Array(extent.buffer);
+    for (const data of this.#disk?.dataWithin(start, end) ?? [])
+      this.#disk?.read(data.start, bytes.subarray(data.start - start, data.end - start));
     for (const [page, content] of this.#pages) {
       const at = page * this.pageSize;
       if (at >= start && at < end) {

@@ -582,6 +582,11 @@ const apply = ({ name }: Method, target: unknown, args: Arguments) =>
     args as unknown[],
   );
 
+/** Something whose properties are read; an object of ours or of Node's is one thing. */
+function isOptions(value: unknown): value is object {
+  return typeof value === 'object' && value !== null && Object.getPrototypeOf(value) === Object.prototype;
+}
+
 async function badArguments(each: Method): Promise<void> {
   const goodArguments = each.good(world);
   for (const [label, make] of Object.entries(all)) {
@@ -592,7 +597,7 @@ async function badArguments(each: Method): Promise<void> {
         return apply(each, each.target(world), args);
       });
       const good = goodArguments[index];
-      if (typeof good !== 'object' || good === null || ArrayBuffer.isView(good)) continue;
+      if (!isOptions(good)) continue;
       for (const property of Object.keys(good)) {
         await attempt(`${each.name}(${property}: ${label})`, () => {
           const args = [...each.good(world)];
@@ -643,7 +648,7 @@ async function reentrant(each: Method): Promise<void> {
     const goodArguments = each.good(world);
     for (let index = 0; index < goodArguments.length; index++) {
       const good = goodArguments[index];
-      if (typeof good !== 'object' || good === null || ArrayBuffer.isView(good)) continue;
+      if (!isOptions(good)) continue;
       for (const property of Object.keys(good)) {
         calls++;
         const { kvm, otherKvm } = world;
@@ -666,9 +671,7 @@ async function reentrant(each: Method): Promise<void> {
           if (result instanceof Kvm || result instanceof Vm) result.close();
         } catch (error) {
           if (!isTyped(error)) complain(what, error);
-          // An object of ours that became a plain one is not even read.
-          if (after !== '' && survivors(kvm, otherKvm) !== after)
-            complain(what, `changed ${after} to ${survivors(kvm, otherKvm)}`);
+          if (survivors(kvm, otherKvm) !== after) complain(what, `changed ${after} to ${survivors(kvm, otherKvm)}`);
         }
         renew();
       }

@@ -132,8 +132,9 @@ export class StoredMemory extends Resource {
   record(vm: Vm, given: RecordOptions = {}): void {
     const vcpus = vcpusOf(vm, options('options', given).vcpus);
     this.assertOpen();
-    const { hostMemory } = this;
-    const data = new Map([[hostMemory, 0]]);
+    // No VM shows what nobody has asked for yet.
+    const { hostMemory } = this.#state;
+    const data = new Map(hostMemory ? [[hostMemory, 0] as const] : []);
     this.#write({ ...capture(vm, data, vcpus), size: this.size, isSnapshot: false, tags: this.#state.metadata.tags });
   }
 

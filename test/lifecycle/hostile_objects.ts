@@ -548,12 +548,20 @@ function isTyped(error: unknown): boolean {
 
 let world = create();
 let before = state(world);
+let tested: Method | undefined;
+
+/** What the tested method is about may only now be made, and that is no change. */
+function settle(): void {
+  tested?.target(world);
+  tested?.good(world);
+  before = state(world);
+}
 
 function renew(): void {
   world.kvm.close();
   world.otherKvm.close();
   world = create();
-  before = state(world);
+  settle();
 }
 
 /** Calls, and judges the error, if any, and what it left. What succeeded may have changed anything, so a new world follows. */
@@ -773,12 +781,14 @@ async function properties(): Promise<void> {
     } catch (error) {
       complain(`overwritten properties: ${overwrite}, close`, error);
       world = create();
-      before = state(world);
+      settle();
     }
   }
 }
 
 for (const each of methods) {
+  tested = each;
+  settle();
   await badArguments(each);
   await reentrant(each);
   await tornOff(each);

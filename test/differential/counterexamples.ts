@@ -186,4 +186,22 @@ export const counterexamples: readonly Counterexample[] = [
       { call: 'mincore', map: 0, from: 0, length: 1 },
     ],
   },
+  {
+    found:
+      '7.3.4 x86: a page of zeros that a guest has read is mapped anew, and writable, once the host has written it',
+    answer: '0100000000000000eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee',
+    program: [
+      { call: 'createVm', fd: 'kvm', type: 0 },
+      { call: 'mmap', fd: 'none', length: 8, offset: 0, prot: 3, flags: 34 },
+      { call: 'createVcpu', vm: 'vm0', id: 1 },
+      {
+        ...{ call: 'setUserMemoryRegion2', vm: 'vm0', slot: 0, space: 0, flags: 1, gpa: 0, size: 1 },
+        ...{ hva: { mapping: 0, page: 0 }, file: 'none', offset: 0 },
+      },
+      { call: 'preFaultMemory', vcpu: 'vcpu0', gpa: 0, size: 1, flags: 0 },
+      { call: 'poke', map: 0, from: 0, length: 1, value: 0 },
+      { call: 'preFaultMemory', vcpu: 'vcpu0', gpa: 0, size: 1, flags: 0 },
+      { call: 'getDirtyLog', vm: 'vm0', slot: 0, bytes: 32 },
+    ],
+  },
 ];

@@ -50,6 +50,7 @@ export class Mirror {
   readonly #vcpus = new Map<number, VmNote>();
   readonly mappings: { pages: number; alive: boolean }[] = [];
   readonly #agents = new Map<number, VmNote>();
+  #duplicated = -1;
 
   constructor(world: World, facts: Facts) {
     this.world = world;
@@ -114,6 +115,8 @@ export class Mirror {
 
   /** Before the step: what it is about may be gone afterwards. */
   before(step: Step): void {
+    // Afterwards the name may stand for the copy.
+    if (step.call === 'dup') this.#duplicated = this.world.number(step.fd);
     if (step.call !== 'guestRead' && step.call !== 'guestWrite') return;
     const vm = this.agentVm(step.vm);
     if (!vm) return;
@@ -189,13 +192,12 @@ export class Mirror {
   }
 
   #noteDup(fd: Fd): void {
-    const from = this.world.number(fd);
     const kind = fd.startsWith('vm') ? 'vm' : fd.startsWith('vcpu') ? 'vcpu' : fd.startsWith('file') ? 'file' : null;
     if (!kind) return;
     const to = this.#last(kind);
     // The number may have been reused for a file of another kind since it was named.
     for (const notes of [this.#vms, this.#files, this.#vcpus] as Map<number, unknown>[]) {
-      const found = notes.get(from);
+      const found = notes.get(this.#duplicated);
       if (found) notes.set(to, found);
     }
   }

@@ -126,7 +126,8 @@ export class SoftwareBus implements GuestBus {
     if (result < bytes.length) return unreachable;
     if (this.#vm.machine.tdp) this.#touch(gpa, { slot, store: mapping.store, shift }, write, isWritable);
     if (dirties) slot.dirty?.set(index, index + 1, true);
-    slot.mapped.set(index, index + 1, true);
+    // What the host has not touched is a page of zeros that all share: the host's first write takes it away from the guest.
+    if (this.#memory.isPresent(mapping, page)) slot.mapped.set(index, index + 1, true);
     return OK;
   }
 

@@ -2,8 +2,17 @@ import { conversionRules } from '../../lib/kernel/rules/conversion.ts';
 import { clearDirtyLogRules, getDirtyLogRules } from '../../lib/kernel/rules/dirty_log.ts';
 import { grantRingRules } from '../../lib/kernel/rules/grant_ring.ts';
 import { createGuestMemfdRules, fallocateRules, vfsFallocateRules } from '../../lib/kernel/rules/guest_memfd.ts';
+import { linkRules } from '../../lib/kernel/rules/link.ts';
 import { memoryAttributesRules } from '../../lib/kernel/rules/memory_attributes.ts';
 import { memslotRules } from '../../lib/kernel/rules/memslot.ts';
+import {
+  lockActionRules,
+  lockBoundRules,
+  lockedRangeRules,
+  lockedSlotRules,
+  lockRules,
+  unlockRules,
+} from '../../lib/kernel/rules/memslot_lock.ts';
 import type { Rule } from '../../lib/kernel/rules/rule.ts';
 import { runRules } from '../../lib/kernel/rules/vcpu.ts';
 import { createVmRules, enableCapRules } from '../../lib/kernel/rules/vm.ts';
@@ -38,6 +47,13 @@ export const otherRuleLists: Readonly<Record<string, RuleList>> = {
   guestFile: guestFileRules,
   guestFileFallocate: guestFileFallocateRules,
   transfer: transferRules,
+  link: linkRules,
+  lockAction: lockActionRules,
+  lock: lockRules,
+  lockBound: lockBoundRules,
+  unlock: unlockRules,
+  lockedSlot: lockedSlotRules,
+  lockedRange: lockedRangeRules,
 };
 
 export const allRuleLists: Readonly<Record<string, RuleList>> = { ...ruleLists, ...otherRuleLists };

@@ -12,7 +12,16 @@ const explanations: Readonly<Record<string, string>> = {
 };
 
 /** Calls that nobody's kernel has: an order of checks is ours alone, and no program may depend on it. */
-const proposed: readonly string[] = ['conversion', 'grantRing', 'guestSeal', 'guestFileFallocate', 'transfer'];
+const proposed: readonly string[] = [
+  'conversion',
+  'grantRing',
+  'guestSeal',
+  'guestFileFallocate',
+  'transfer',
+  'link',
+  'lock',
+  'unlock',
+];
 const orderOfProposal = 'the posting leaves open which is asked first';
 
 /** Why a mutant that nothing noticed could not be, or null. */

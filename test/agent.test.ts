@@ -361,6 +361,7 @@ function everywhere(t: Test, place: Place): void {
 
   t.test('requestConversion reaches the handler, and its answer the guest', async (t) => {
     const { kvm, vm } = bench(t as Test, place);
+    const vcpu = vm.createVcpu();
     const { mapGpaRangeExit, preFaultMemory } = vm.capabilities;
     const asked: unknown[] = [];
     let reply: bigint | null = 0n;
@@ -390,7 +391,11 @@ function everywhere(t: Test, place: Place): void {
     t.equal(agent.read(HIGH, 1).length, 1, 'goes on');
     t.throws(() => agent.requestConversion({ address: 1, size: 4096 }, 'shared'), { code: 'ERR_OUT_OF_RANGE' });
     t.throws(() => agent.requestConversion(range, 'other' as never), { code: 'ERR_OUT_OF_RANGE' });
-    t.throws(() => GuestAgent.boot(vm).requestConversion(range, 'private'), { code: 'ENOSYS' }, 'nobody to ask');
+    t.throws(
+      () => GuestAgent.boot(vm, { vcpu }).requestConversion(range, 'private'),
+      { code: 'ENOSYS' },
+      'nobody to ask',
+    );
   });
 
   t.test('a hypercall comes back with what KVM says, or not at all', async (t) => {
@@ -452,6 +457,7 @@ function everywhere(t: Test, place: Place): void {
 
   t.test('from within onExit: busy, and close ends the command', async (t) => {
     const { vm } = bench(t as Test, place);
+    const vcpu = vm.createVcpu();
     const codes: unknown[] = [];
     const agent = GuestAgent.boot(vm, {
       onExit: () => {
@@ -468,24 +474,25 @@ function everywhere(t: Test, place: Place): void {
     });
     t.throws(() => agent.read(HOLE, 1), { code: 'ERR_CLOSED' });
     t.same(codes, ['EBUSY', 'EBUSY']);
-    const bad = GuestAgent.boot(vm, { onExit: () => 'maybe' as 'stop' });
+    const bad = GuestAgent.boot(vm, { vcpu, onExit: () => 'maybe' as 'stop' });
     t.throws(() => bad.read(HOLE, 1), { code: 'ERR_INVALID_ARG_TYPE' });
     t.equal(bad.read(HIGH, 1).length, 1);
   });
 
   t.test('close at any point', async (t) => {
     const { vm } = bench(t as Test, place);
+    const [first, second, third] = [0, 1, 2].map(() => vm.createVcpu()) as [Vcpu, Vcpu, Vcpu];
     const fresh = GuestAgent.boot(vm);
     fresh.close();
     fresh.close();
     t.ok(fresh.closed && fresh.vcpu.closed);
-    const failed = GuestAgent.boot(vm);
+    const failed = GuestAgent.boot(vm, { vcpu: first });
     t.throws(() => failed.read(HOLE, 1), { code: 'EFAULT' });
     failed[Symbol.dispose]();
-    const outer = GuestAgent.boot(vm);
+    const outer = GuestAgent.boot(vm, { vcpu: second });
     outer.vcpu.close();
     t.ok(outer.closed);
-    const last = GuestAgent.boot(vm);
+    const last = GuestAgent.boot(vm, { vcpu: third });
     t.equal(last.address, 0, 'places are free again');
     vm.close();
     for (const agent of [fresh, failed, outer, last]) {

@@ -15,14 +15,17 @@ const agent = GuestAgent.boot(vm, { address: 0 });
 agent.write(2 * MiB, Buffer.from('the guest was here'));
 
 const server = net.createServer(async (stream) => {
-  if (how === 'dies') process.exit(3);
+  if (how === 'dies') {
+    await moved;
+    process.exit(3);
+  }
   await servePages(vm, stream);
   stream.end();
   server.close();
 });
 server.listen(pagesPath);
 const stream = net.connect(path);
-const report = await sendMemory(vm, stream, {
+const moved = sendMemory(vm, stream, {
   postCopy: true,
   rounds: how === 'hybrid' ? 2 : 0,
   prepare: () => {
@@ -31,5 +34,6 @@ const report = await sendMemory(vm, stream, {
     return Buffer.from('registers');
   },
 });
+const report = await moved;
 stream.end();
 console.log(JSON.stringify(report));

@@ -38,8 +38,8 @@ export interface HostMemoryOptions {
   /**
    * 'anonymous' (default) is memory of this process only; 'memfd' and 'file' can be shared with others. Touching a view of a 'file' that
    * another process has cut meanwhile is SIGBUS, as with every mapped file; copies through `vm.memory` are not. 'secret' is for the host's own
-   * secrets, not for guests: not even the kernel has it in its page tables, and it is zeroed when it is closed (Linux 5.14). 'hugetlb' and 'secret'
-   * are `UNSUPPORTED` where the host has none.
+   * secrets, not for guests: not even the kernel has it in its page tables, all of it is there from the start, and it is zeroed when it is closed
+   * (Linux 5.14). 'hugetlb' and 'secret' are `UNSUPPORTED` where the host has none.
    */
   readonly kind?: HostMemoryKind;
   /** Of a 'file', which is created when missing and made larger when shorter than `size`. */
@@ -135,13 +135,12 @@ export class HostMemory extends Resource {
     const file = kind === 'file' ? text('path', path) : '';
     assertOpen();
     const [mapping, fd] = map(kernel, kind, size, file, hugePageSize);
-    if (numaNode !== undefined) {
-      try {
-        setPolicy(kernel, mapping, { offset: 0, size }, { mode: 'bind', nodes: [numaNode] });
-      } catch (error) {
-        release(kernel, mapping, fd);
-        throw error;
-      }
+    try {
+      if (numaNode !== undefined) setPolicy(kernel, mapping, { offset: 0, size }, { mode: 'bind', nodes: [numaNode] });
+      if (kind === 'secret') touchSecrets(kernel, mapping, size);
+    } catch (error) {
+      release(kernel, mapping, fd);
+      throw error;
     }
     return new HostMemory(token, kvm, kernel, { kind, size, mapping, fd, alignment });
   }
@@ -374,6 +373,15 @@ function map(
   } catch (error) {
     kernel.close(fd);
     throw error;
+  }
+}
+
+/** Since Linux 7.3 a secret page counts as locked when it is first touched, and is SIGBUS where it may not be: so none is left to a view. */
+function touchSecrets(kernel: Kernel, mapping: number, size: number): void {
+  const byte = new Uint8Array(1);
+  for (let offset = 0; offset < size; offset += kernel.pageSize) {
+    const touched = kernel.peek(mapping, offset, byte);
+    if (touched <= 0) throw lockError(kernel, touched === -ERRNO.EFAULT ? -ERRNO.ENOMEM : touched, 'mmap', size);
   }
 }
 

@@ -87,11 +87,13 @@ int64_t KernelCopy(Environment& environment, uint8_t* target, const uint8_t* sou
 }
 
 int64_t CopyApart(Environment& environment, uint8_t* target, const uint8_t* source, size_t size) {
-  const size_t done = size < kDirect ? 0 : DirectCopy(target, source, size);
+  size_t done = size < kDirect ? 0 : DirectCopy(target, source, size);
   if (done == size) return static_cast<int64_t>(size);
   const int64_t copied = KernelCopy(environment, target + done, source + done, size - done);
-  if (copied < 0 && done > 0) return static_cast<int64_t>(done);
-  return copied < 0 ? copied : static_cast<int64_t>(done) + copied;
+  if (copied > 0) done += static_cast<size_t>(copied);
+  // The kernel does not reach secret memory for anybody; its process does.
+  if (copied == -EFAULT && size < kDirect) done = DirectCopy(target, source, size);
+  return done > 0 ? static_cast<int64_t>(done) : copied;
 }
 
 bool Overlap(const uint8_t* a, const uint8_t* b, size_t size) {

@@ -3,6 +3,8 @@
 #include <signal.h>
 #include <ucontext.h>
 
+#include <algorithm>
+
 #include "syscall.h"
 
 // The kernel can copy between two ranges of this process and answer EFAULT, but it looks up every page to do so, and
@@ -11,16 +13,10 @@
 // recovered from: any other SIGSEGV or SIGBUS goes to whoever had the signal before us, V8's WebAssembly handler among
 // them.
 
-namespace {
-
-constexpr size_t kBlock = 64;
-
-}  // namespace
-
 extern "C" {
-// Copies blocks of 64 bytes; returns how many it did not copy. The instructions from `first` to before `end` may fault:
-// with the program counter set to `end`, the function returns what is left.
-size_t guest_memfd_copy_blocks(uint8_t* target, const uint8_t* source, size_t blocks);
+// Copies blocks of 64 bytes, and the rest byte by byte; returns how many bytes it did not copy. The instructions from
+// `first` to before `end` may fault: with the program counter set to `end`, the function returns what is left.
+size_t guest_memfd_copy(uint8_t* target, const uint8_t* source, size_t size);
 extern const char guest_memfd_copy_first[];
 extern const char guest_memfd_copy_end[];
 }
@@ -28,15 +24,18 @@ extern const char guest_memfd_copy_end[];
 __asm__(
     ".text\n"
     ".p2align 6\n"
-    ".hidden guest_memfd_copy_blocks, guest_memfd_copy_first, guest_memfd_copy_end\n"
-    ".globl guest_memfd_copy_blocks, guest_memfd_copy_first, guest_memfd_copy_end\n"
-    ".type guest_memfd_copy_blocks, %function\n"
-    "guest_memfd_copy_blocks:\n"
+    ".hidden guest_memfd_copy, guest_memfd_copy_first, guest_memfd_copy_end\n"
+    ".globl guest_memfd_copy, guest_memfd_copy_first, guest_memfd_copy_end\n"
+    ".type guest_memfd_copy, %function\n"
+    "guest_memfd_copy:\n"
     ".cfi_startproc\n"
 #if defined(__x86_64__)
     "  endbr64\n"
     "  mov %rdx, %rax\n"
     "guest_memfd_copy_first:\n"
+    "  cmp $64, %rax\n"
+    "  jb 2f\n"
+    "1:\n"
     "  movups (%rsi), %xmm0\n"
     "  movups 16(%rsi), %xmm1\n"
     "  movups 32(%rsi), %xmm2\n"
@@ -47,21 +46,43 @@ __asm__(
     "  movups %xmm3, 48(%rdi)\n"
     "  add $64, %rsi\n"
     "  add $64, %rdi\n"
+    "  sub $64, %rax\n"
+    "  cmp $64, %rax\n"
+    "  jae 1b\n"
+    "2:\n"
+    "  test %rax, %rax\n"
+    "  jz guest_memfd_copy_end\n"
+    "3:\n"
+    "  movzbl (%rsi), %ecx\n"
+    "  movb %cl, (%rdi)\n"
+    "  inc %rsi\n"
+    "  inc %rdi\n"
     "  dec %rax\n"
-    "  jnz guest_memfd_copy_first\n"
+    "  jnz 3b\n"
     "guest_memfd_copy_end:\n"
     "  ret\n"
 #elif defined(__aarch64__)
     "  hint #34\n"  // bti c
     "guest_memfd_copy_first:\n"
+    "  cmp x2, #64\n"
+    "  b.lo 2f\n"
+    "1:\n"
     "  ldp q0, q1, [x1]\n"
     "  ldp q2, q3, [x1, #32]\n"
     "  stp q0, q1, [x0]\n"
     "  stp q2, q3, [x0, #32]\n"
     "  add x1, x1, #64\n"
     "  add x0, x0, #64\n"
+    "  sub x2, x2, #64\n"
+    "  cmp x2, #64\n"
+    "  b.hs 1b\n"
+    "2:\n"
+    "  cbz x2, guest_memfd_copy_end\n"
+    "3:\n"
+    "  ldrb w3, [x1], #1\n"
+    "  strb w3, [x0], #1\n"
     "  subs x2, x2, #1\n"
-    "  b.ne guest_memfd_copy_first\n"
+    "  b.ne 3b\n"
     "guest_memfd_copy_end:\n"
     "  mov x0, x2\n"
     "  ret\n"
@@ -69,7 +90,7 @@ __asm__(
 #error "guest_memfd exists on x86-64 and arm64"
 #endif
     ".cfi_endproc\n"
-    ".size guest_memfd_copy_blocks, . - guest_memfd_copy_blocks\n");
+    ".size guest_memfd_copy, . - guest_memfd_copy\n");
 
 namespace {
 
@@ -151,13 +172,10 @@ bool CanCatch() {
 }  // namespace
 
 size_t DirectCopy(uint8_t* target, const uint8_t* source, size_t size) {
-  const size_t blocks = size / kBlock;
-  if (blocks == 0 || !CanCatch()) return 0;
-  const size_t left = guest_memfd_copy_blocks(target, source, blocks);
-  if (left > 0) return (blocks - left) * kBlock;
-  // The rest is less than a block: the last 64 bytes once more.
-  if (size % kBlock != 0 && guest_memfd_copy_blocks(target + size - kBlock, source + size - kBlock, 1) != 0) {
-    return blocks * kBlock;
-  }
-  return size;
+  constexpr size_t kLessThanABlock = 63;
+  if (!CanCatch()) return 0;
+  const size_t done = size - guest_memfd_copy(target, source, size);
+  // What comes before the fault in the block that had it.
+  const size_t rest = std::min(size - done, kLessThanABlock);
+  return done + rest - guest_memfd_copy(target + done, source + done, rest);
 }

@@ -224,10 +224,9 @@ await everywhere(t, 'seed 3.2: secret memory is the host’s alone, and out of t
   }
   const memory = create();
   t.match(memory, { kind: 'secret', size: 4 * P });
-  t.equal(memory.residentBytes(), 0);
+  t.equal(memory.residentBytes(), 4 * P, 'a touch that a limit refuses would be SIGBUS');
   const bytes = memory.bytes();
   bytes.set([1, 2, 3], P);
-  t.equal(memory.residentBytes(), P);
   t.same([...memory.bytes({ offset: P, size: 3 })], [1, 2, 3]);
   if (!backend.model) {
     // What reads the memory of a process for others, and would of any other page.
@@ -301,20 +300,29 @@ await everywhere(t, 'seed 3.2: secret memory at the boundary', (t, { backend }) 
     [...residency].map((byte) => byte & 1),
     [1, 0, 0, 0],
   );
+  eight.fill(9);
+  t.equal(kernel.poke(mapping, P, eight), 8, 'this process reaches it');
+  t.equal(kernel.peek(mapping, P, eight.fill(0)), 8);
+  t.same([...eight], new Array(8).fill(9));
+  // Since then secret pages count against the user's limit by themselves; before, by being locked.
+  const [major = 0, minor = 0] = kernel.release.split('.').map((part) => Number.parseInt(part, 10));
+  const isLocked = major < 7 || (major === 7 && minor < 3);
   t.same(
     [
-      kernel.peek(mapping, 0, eight),
-      kernel.poke(mapping, 0, eight),
       kernel.madvise(mapping, 0, P, MADV_DONTNEED),
       kernel.madvise(mapping, 0, P, MADV_REMOVE),
       kernel.madvise(mapping, 0, P, MADV_POPULATE_READ),
       kernel.madvise(mapping, 0, P, MADV_PAGEOUT),
       kernel.mlock(mapping, 0, P),
       kernel.munlock(mapping, 0, P),
+      kernel.madvise(mapping, 0, P, MADV_DONTNEED),
       kernel.msync(mapping, 0, P, MS_SYNC),
     ].map(name),
-    ['EFAULT', 'EFAULT', 'EINVAL', 'EINVAL', 'EINVAL', 'EINVAL', 'ENOMEM', 'ok', 'EINVAL'],
+    isLocked
+      ? ['EINVAL', 'EINVAL', 'EINVAL', 'EINVAL', 'ENOMEM', 'ok', 'EINVAL', 'EINVAL']
+      : ['ok', 'EOPNOTSUPP', 'EINVAL', 'ok', 'ENOMEM', 'ok', 'ok', 'EINVAL'],
   );
+  t.same([...kernel.window(mapping, 0, P).subarray(0, 1)], [5]);
   kernel.munmap(mapping);
   kernel.close(fd);
 });

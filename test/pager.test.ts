@@ -1,4 +1,7 @@
 // Post-copy: memory whose pages come when they are touched.
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { setTimeout as wait } from 'node:timers/promises';
 import t from 'tap';
 import { type Exit, GuestAgent, type HostMemory, Pager, type PagerOptions, type PagerProgress } from '../lib/index.ts';
@@ -7,6 +10,8 @@ import { type Plan, pageByte } from './pager_source.ts';
 
 const module = new URL('pager_source.js', import.meta.url);
 const PAGES = 192;
+const folder = mkdtempSync(join(tmpdir(), 'guest-memfd-'));
+t.teardown(() => rmSync(folder, { recursive: true }));
 
 /** A VM whose memory is its own up to a page, for the agent, and has to come from there on. */
 function guest({ kvm, vm, P }: World, kind: 'memfd' | 'anonymous' = 'memfd') {
@@ -141,7 +146,7 @@ t.test('a source that fails', async (t) => {
       t.match(await rejection(start({}, { module: nowhere })), { message: /nowhere/ });
       t.equal((await rejection(start({}, { chunkSize: P + 1 }))).code, 'ERR_OUT_OF_RANGE');
       t.equal((await rejection(start({}, { missing: [{ offset: 1, size: P }] }))).code, 'ERR_OUT_OF_RANGE');
-      const file = kvm.createHostMemory({ size: P, kind: 'file', path: `${t.testdir()}/file` });
+      const file = kvm.createHostMemory({ size: P, kind: 'file', path: join(folder, 'file') });
       t.equal((await rejection(Pager.start(file, { module }))).code, 'UNSUPPORTED');
       file.close();
       using pager = await start();

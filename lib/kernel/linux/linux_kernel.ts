@@ -587,13 +587,11 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
   }
 
   peek(mapping: number, offset: U64, target: Uint8Array): Result {
-    if (this.#isSecret(mapping)) return this.answer(-ERRNO.EFAULT);
     this.command.u64(0, i32('mapping', mapping) >>> 0).u64(1, u64('offset', offset));
     return this.answer(this.native.peek(bytes('target', target)));
   }
 
   poke(mapping: number, offset: U64, source: Uint8Array): Result {
-    if (this.#isSecret(mapping)) return this.answer(-ERRNO.EFAULT);
     this.command.u64(0, i32('mapping', mapping) >>> 0).u64(1, u64('offset', offset));
     return this.answer(this.native.poke(bytes('source', source)));
   }
@@ -667,11 +665,6 @@ export class LinuxKernel extends VcpuCalls implements Kernel {
   }
 
   // ── what the calls share
-
-  /** The kernel copies none of it for anybody, and one way of copying should not differ from another. */
-  #isSecret(mapping: number): boolean {
-    return this.#mappings[i32('mapping', mapping)]?.file?.kind === 'secret';
-  }
 
   #uffdRange(uffd: number, mapping: number, offset: U64): Command {
     return this.command

@@ -32,6 +32,7 @@ import type { Machine } from '../machine.ts';
 import type { VmFile } from '../state.ts';
 import { copyMapping, type MappedFile, Mapping } from './mapping.ts';
 import type { PageStore } from './page_store.ts';
+import { SecretFile } from './software_files.ts';
 
 /** Whether madvise(2) knows the advice at all. */
 export function isAdvice(advice: number): boolean {
@@ -53,6 +54,8 @@ export class AddressSpace {
   /** Where the bytes of a window's buffer lie in the mapping's store. */
   readonly #buffers = new WeakMap<ArrayBufferLike, { mapping: Mapping; shift: number }>();
   readonly #lockingVms = new Set<VmFile>();
+  /** Those whose pages count, also for the children of this process. */
+  #secrets = new Set<SecretFile>();
   #next: number;
 
   constructor(machine: Machine) {
@@ -72,7 +75,7 @@ export class AddressSpace {
     const address = BigInt(first) * BigInt(pageSize);
     const mapping = new Mapping(address, pages, shared, file, pgoff, pageSize, prot, yields);
     this.#addresses.set(first, first + pages, mapping);
-    if (mapping.secret) mapping.locked.set(0, pages, true);
+    if (mapping.secret && !this.#countsSecrets) mapping.locked.set(0, pages, true);
     const handle = this.#free.pop() ?? this.#mappings.length;
     this.#mappings[handle] = mapping;
     return handle;
@@ -97,6 +100,7 @@ export class AddressSpace {
     const { pageSize } = this.#machine;
     child.#next = this.#next;
     child.#free.push(...this.#free);
+    child.#secrets = this.#secrets;
     this.#mappings.forEach((mapping, handle) => {
       const copy = mapping && copyMapping(mapping, pageSize);
       child.#mappings[handle] = copy;
@@ -161,6 +165,7 @@ export class AddressSpace {
       case MADV_REMOVE: {
         if (!mapping.file) return -ERRNO.EINVAL;
         if (!mapping.shared) return unlocked === start ? -ERRNO.EINVAL : -ERRNO.EACCES;
+        if (mapping.secret && unlocked > start) return -ERRNO.EOPNOTSUPP;
         const punched = gmem ? gmem.punch(pgoff + start, pgoff + unlocked) : 0;
         if (!gmem) store.discard(pgoff + start, pgoff + unlocked);
         return unlocked < end ? -ERRNO.EINVAL : punched;
@@ -209,8 +214,9 @@ export class AddressSpace {
   lock(mapping: Mapping, start: number, end: number, onFault = false): Result {
     if (this.#machine.lockLimit === 0) return -ERRNO.EPERM;
     if (!this.mayLock(end - start - mapping.locked.lengthWithin(start, end))) return -ERRNO.ENOMEM;
-    mapping.locked.set(start, end, true);
+    // As locked as it is; and the kernel may not touch it.
     if (mapping.secret) return -ERRNO.ENOMEM;
+    mapping.locked.set(start, end, true);
     return onFault || this.populate(mapping, start, end, PROT_READ) ? 0 : -ERRNO.ENOMEM;
   }
 
@@ -327,11 +333,10 @@ export class AddressSpace {
     copy: (at: number, length: number) => void,
   ): Result {
     if (length === 0) return 0;
-    // No kernel copies it for anybody.
-    if (mapping.secret) return -ERRNO.EFAULT;
     const { pageSize } = this.#machine;
     const page = Math.floor(offset / pageSize);
-    const end = this.#settled(mapping, page, Math.ceil((offset + length) / pageSize));
+    const wanted = this.#settled(mapping, page, Math.ceil((offset + length) / pageSize));
+    const end = this.#affordable(mapping, page, wanted);
     const reach = (page + mapping.accessible(page, end, prot)) * pageSize - offset;
     if (reach <= 0) return -ERRNO.EFAULT;
     const count = Math.min(length, reach);
@@ -353,6 +358,28 @@ export class AddressSpace {
       }
     }
     return end;
+  }
+
+  /** Linux 7.3 counts a secret page when it is touched, all of a user's together, and without room for it a touch is SIGBUS. */
+  #affordable(mapping: Mapping, page: number, end: number): number {
+    const { lockLimit, pageSize } = this.#machine;
+    const { file, store, pgoff } = mapping;
+    if (!(file instanceof SecretFile) || !this.#countsSecrets || lockLimit === Number.POSITIVE_INFINITY) return end;
+    let left = Math.floor(lockLimit / pageSize);
+    for (const other of this.#secrets) {
+      const resident = other.store.residentPages(0, other.pages);
+      if (resident === 0) this.#secrets.delete(other);
+      left -= resident;
+    }
+    this.#secrets.add(file);
+    let at = page;
+    while (at < end && (store.residentPages(pgoff + at, pgoff + at + 1) > 0 || left-- > 0)) at++;
+    return at;
+  }
+
+  /** Page by page against the user's limit; before, a mapping of secret memory counts as locked. */
+  get #countsSecrets(): boolean {
+    return this.#machine.since('7.3');
   }
 
   #noteZeros(mapping: Mapping, at: number, length: number): void {

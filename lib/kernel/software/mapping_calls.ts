@@ -51,7 +51,7 @@ export abstract class MappingCalls extends SocketCalls {
     const refused = this.check(mmapRules, this.machine, request);
     if (refused !== null) return refused;
     const pages = Math.ceil(Number(request.length) / this.pageSize);
-    if (request.file instanceof SecretFile && !this.memory.mayLock(pages))
+    if (request.file instanceof SecretFile && !this.machine.since('7.3') && !this.memory.mayLock(pages))
       return this.refuse('EAGAIN', 'secret memory counts as locked, and this process may not lock that much');
     const shared = (flags & MAP_TYPE) !== MAP_PRIVATE;
     const pgoff = request.file ? toPages(request.offset, this.pageSize) : 0;
@@ -112,7 +112,7 @@ export abstract class MappingCalls extends SocketCalls {
 
   munlock(mapping: number, offset: U64, length: U64): Result {
     const call: RangeCall = (found, start, end) => {
-      found.locked.delete(start, end);
+      if (!found.secret) found.locked.delete(start, end);
       return 0;
     };
     return this.#range(mapping, offset, length, call, { round: true });

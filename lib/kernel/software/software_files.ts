@@ -123,6 +123,10 @@ export class SecretFile extends OpenFile {
   get pages(): number {
     return Math.ceil(this.size / this.store.pageSize);
   }
+
+  protected override released(): void {
+    this.store.discard(0, this.pages);
+  }
 }
 
 /** A file of KVM_GET_STATS_FD: what it says is made up when it is read. */

@@ -38,8 +38,8 @@ export interface HostMemoryOptions {
   /**
    * 'anonymous' (default) is memory of this process only; 'memfd' and 'file' can be shared with others. Touching a view of a 'file' that
    * another process has cut meanwhile is SIGBUS, as with every mapped file; copies through `vm.memory` are not. 'secret' is for the host's own
-   * secrets, not for guests: not even the kernel has it in its page tables, all of it is there from the start, and it is zeroed when it is closed
-   * (Linux 5.14). 'hugetlb' and 'secret' are `UNSUPPORTED` where the host has none.
+   * secrets, not for guests: not even the kernel has it in its page tables, and it is zeroed when it is closed (Linux 5.14; since 7.3 all of it is
+   * there from the start). 'hugetlb' and 'secret' are `UNSUPPORTED` where the host has none.
    */
   readonly kind?: HostMemoryKind;
   /** Of a 'file', which is created when missing and made larger when shorter than `size`. */
@@ -378,10 +378,13 @@ function map(
 
 /** Since Linux 7.3 a secret page counts as locked when it is first touched, and is SIGBUS where it may not be: so none is left to a view. */
 function touchSecrets(kernel: Kernel, mapping: number, size: number): void {
-  const byte = new Uint8Array(1);
-  for (let offset = 0; offset < size; offset += kernel.pageSize) {
-    const touched = kernel.peek(mapping, offset, byte);
-    if (touched <= 0) throw lockError(kernel, touched === -ERRNO.EFAULT ? -ERRNO.ENOMEM : touched, 'mmap', size);
+  const { pageSize } = kernel;
+  // Before, all of it counts as locked from the start.
+  if (kernel.madvise(mapping, 0, pageSize, MADV_DONTNEED) === -ERRNO.EINVAL) return;
+  const page = new Uint8Array(pageSize);
+  for (let offset = 0; offset < size; offset += pageSize) {
+    const touched = kernel.peek(mapping, offset, page);
+    if (touched < 0) throw lockError(kernel, touched === -ERRNO.EFAULT ? -ERRNO.ENOMEM : touched, 'mmap', size);
   }
 }
 

@@ -1,7 +1,7 @@
 // Guest memory that changes hands: to a successor over a socket, to systemd, to a second VM and back.
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { existsSync, mkdtempSync, rmSync } from 'node:fs';
+import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as wait } from 'node:timers/promises';
@@ -12,9 +12,11 @@ import {
   GuestAgent,
   handOver,
   Kvm,
+  type KvmError,
   MiB,
   preserveAcrossKexec,
   storeInSystemd,
+  type TakenMemory,
   takeFromSystemd,
   takeOver,
   type Vm,
@@ -174,6 +176,18 @@ t.test('to a successor', async (t) => {
   });
 });
 
+/** Takes over from a process that may not be there yet: its socket has a name before it listens. */
+async function waited(kvm: Kvm, path: string): Promise<TakenMemory> {
+  for (;;) {
+    try {
+      return await takeOver(kvm, { path });
+    } catch (error) {
+      if (!['ENOENT', 'ECONNREFUSED'].includes((error as KvmError).code)) throw error;
+      await wait(5);
+    }
+  }
+}
+
 t.test('between processes', async (t) => {
   const onRealKvm = backends.filter(({ name }) => name === 'kvm');
   await everywhere(
@@ -182,8 +196,7 @@ t.test('between processes', async (t) => {
     async (t, { kvm }) => {
       const path = socketPath();
       const ended = child('hand_over_child', 'predecessor', path);
-      while (!existsSync(path)) await wait(5);
-      const { vm, data } = await takeOver(kvm, { path });
+      const { vm, data } = await waited(kvm, path);
       const { code, output, errors } = await ended;
       t.equal(code, 0, errors);
       t.equal(output, `${8 * MiB}\n`);

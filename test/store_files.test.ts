@@ -179,6 +179,17 @@ function readBack(copies: readonly Uint8Array[]): string {
   }
 }
 
+t.test('metadata of every length are read as they were written', (t) => {
+  for (let length = 0; length < 1200; length++) {
+    const tag = 'x'.repeat(length);
+    const { tags, ...rest } = decode(encode(sample(tag), 1n)).metadata;
+    const { tags: _, ...written } = sample(tag);
+    if (tags.get('tag') !== tag) t.fail(`${length} bytes of tag`);
+    if (length % 100 === 0) t.same(rest, written);
+  }
+  t.end();
+});
+
 t.test('seed 3.5: 10 000 updates cut anywhere', (t) => {
   const below = random(5);
   const [older, old, next] = [

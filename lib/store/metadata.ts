@@ -260,24 +260,25 @@ export function encodeRanges(ranges: Iterable<{ readonly start: number; readonly
 class Writer {
   #bytes = new Uint8Array(1024);
   #view = new DataView(this.#bytes.buffer);
+  #at = 0;
   #length = 0;
 
   u8(value: number): void {
-    this.#view.setUint8(this.#reserve(1), value);
+    this.#reserve(1).setUint8(this.#at, value);
   }
 
   u32(value: number): void {
-    this.#view.setUint32(this.#reserve(4), value, true);
+    this.#reserve(4).setUint32(this.#at, value, true);
   }
 
   u64(value: number | bigint): void {
-    this.#view.setBigUint64(this.#reserve(8), BigInt(value), true);
+    this.#reserve(8).setBigUint64(this.#at, BigInt(value), true);
   }
 
   bytes(value: Uint8Array): void {
     this.u32(value.length);
-    const at = this.#reserve(value.length);
-    this.#bytes.set(value, at);
+    this.#reserve(value.length);
+    this.#bytes.set(value, this.#at);
   }
 
   text(value: string): void {
@@ -293,8 +294,9 @@ class Writer {
     return this.#bytes.subarray(0, this.#length);
   }
 
-  #reserve(size: number): number {
-    const at = this.#length;
+  /** Room for so many bytes at `#at`. The view may be another one afterwards. */
+  #reserve(size: number): DataView {
+    this.#at = this.#length;
     this.#length += size;
     if (this.#length > this.#bytes.length) {
       const larger = new Uint8Array(2 * this.#length);
@@ -302,7 +304,7 @@ class Writer {
       this.#bytes = larger;
       this.#view = new DataView(larger.buffer);
     }
-    return at;
+    return this.#view;
   }
 }
 

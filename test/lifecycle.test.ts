@@ -98,7 +98,7 @@ t.test('windows cloned, posted and transferred', async (t) => {
 t.test('a VM on several threads', async (t) => {
   if (!backendNames.includes('kvm')) return;
   const endings: Record<string, number> = { terminate: 0, close: 0, owner: 0, exit: 7, throw: 1 };
-  await concurrently(Object.entries(endings), async ([ending, expected]) => {
+  await concurrently(some(Object.entries(endings), 2), async ([ending, expected]) => {
     const { code, signal, output, errors } = await child('shared_vm', ending, String(times(10)));
     t.same({ code, signal }, { code: expected, signal: null }, `${ending}: ${errors.slice(0, 1000)}`);
     if (expected !== 0) return;

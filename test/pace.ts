@@ -7,7 +7,7 @@ export const paceVariable = onSoftware ? [] : ['GUEST_MEMFD_TEST_BACKENDS=kvm'];
 export const patience = onSoftware ? 1 : 5;
 
 /** How often to do what has to hold however often it is done. */
-export const times = (count: number): number => (onSoftware ? count : Math.ceil(count / 10));
+export const times = (count: number, by = 10): number => (onSoftware ? count : Math.ceil(count / by));
 /** Of many combinations, those that are tried. */
-export const some = <T>(all: readonly T[]): readonly T[] =>
-  onSoftware ? all : all.filter((_, index) => index % 10 === 0);
+export const some = <T>(all: readonly T[], every = 10): readonly T[] =>
+  onSoftware ? all : all.filter((_, index) => index % every === 0);

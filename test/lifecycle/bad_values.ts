@@ -118,5 +118,5 @@ export const objects: Readonly<Record<string, () => unknown>> = {
 };
 
 export const all: Readonly<Record<string, () => unknown>> = Object.fromEntries(
-  some(Object.entries({ ...scalars, ...objects })),
+  some(Object.entries({ ...scalars, ...objects }), 30),
 );

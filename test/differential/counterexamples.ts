@@ -176,6 +176,20 @@ export const counterexamples: readonly Counterexample[] = [
     ],
   },
   {
+    found: '7.3.4 x86: a memfd sealed against growing allocates nothing behind its end, with KEEP_SIZE neither',
+    answer: 'EPERM',
+    program: [
+      { call: 'memfdCreate', flags: 2 },
+      { call: 'fcntl', fd: 'file0', command: 1033, argument: 4 },
+      { call: 'fallocate', fd: 'file0', mode: 1, offset: 0, length: 1 },
+    ],
+  },
+  {
+    found: '7.3.4 x86: whole pages of a memfd are allocated, and their end has to be an offset too',
+    answer: 'EFBIG',
+    program: [memfd, { call: 'fallocate', fd: 'file0', mode: 0, offset: ['2^63', -1], length: ['0', 0, 512] }],
+  },
+  {
     found: '7.3.4 x86: a page of a memfd that is allocated twice is resident',
     answer: '01',
     program: [

@@ -49,8 +49,8 @@ export class DiskFile extends MemoryFile {
     return result || super.truncate(size);
   }
 
-  override allocate(offset: number, length: number, keepSize: boolean): Result {
-    const result = attempt(() => this.#host.allocate(offset, length, keepSize));
+  override allocate(offset: bigint, length: bigint, keepSize: boolean): Result {
+    const result = attempt(() => this.#host.allocate(Number(offset), Number(length), keepSize));
     return result || super.allocate(offset, length, keepSize);
   }
 

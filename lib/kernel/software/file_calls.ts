@@ -83,10 +83,9 @@ export abstract class FileCalls extends SoftwareProcess {
     if (beyond !== null) return beyond;
     if (request.mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE))
       return this.refuse('EOPNOTSUPP', 'memory files only allocate and punch holes');
-    const [at, size] = [Number(request.offset), Number(request.length)];
     return request.mode & FALLOC_FL_PUNCH_HOLE
-      ? file.punch(at, size)
-      : file.allocate(at, size, (request.mode & FALLOC_FL_KEEP_SIZE) !== 0);
+      ? file.punch(Number(request.offset), Number(request.length))
+      : file.allocate(BigInt(request.offset), BigInt(request.length), (request.mode & FALLOC_FL_KEEP_SIZE) !== 0);
   }
 
   async fallocateAsync(fd: number, mode: number, offset: U64, length: U64): Promise<Result> {

@@ -85,14 +85,18 @@ export class MemoryFile extends OpenFile {
   }
 
   /** fallocate(2) with mode 0 or KEEP_SIZE. */
-  allocate(offset: number, length: number, keepSize: boolean): Result {
+  allocate(offset: bigint, length: bigint, keepSize: boolean): Result {
+    const page = BigInt(this.store.pageSize);
     const end = offset + length;
-    if (!keepSize && end > this.size && this.seals & SEAL_GROW) return -ERRNO.EPERM;
-    const [first, last] = [Math.floor(offset / this.store.pageSize), Math.ceil(end / this.store.pageSize)];
+    if (end > this.size && this.seals & SEAL_GROW) return -ERRNO.EPERM;
+    const last = Number((end + page - 1n) / page);
+    // Whole pages are allocated, and their end has to be an offset too.
+    if (BigInt(last) * page >= BEYOND) return -ERRNO.EFBIG;
+    const first = Number(offset / page);
     // shmem zeroes a page only when it is asked for it the second time, and from then on it counts as resident.
     for (const { start, end: stop } of [...this.store.pages.within(first, last)]) this.store.touch(start, stop);
     this.store.allocate(first, last);
-    if (!keepSize) this.size = Math.max(this.size, end);
+    if (!keepSize) this.size = Math.max(this.size, Number(end));
     return 0;
   }
 

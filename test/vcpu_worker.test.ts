@@ -415,7 +415,7 @@ t.test('closing ends a run, from either side', async (t) => {
 });
 
 t.test('a worker that dies does not take the VM with it', async (t) => {
-  await withWorker(t, 'exit', echo, 'leave', async (t, worker, { vm }, { model }) => {
+  await withWorker(t, 'exit', echo, 'leave', async (t, worker, { vm, kvm }, { model }) => {
     // On one thread the module would end the program.
     if (model) return;
     t.equal((await rejection(worker.next())).code, 'ERR_CLOSED');
@@ -424,7 +424,9 @@ t.test('a worker that dies does not take the VM with it', async (t) => {
     const data: Plan = { entry: ENTRY, device: DEVICE, mode: 'pass' };
     const other = await VcpuWorker.start(vm, { module, data });
     t.equal(other.id, 1);
-    t.ok(isInput(await other.next()));
+    // A protected host runs no vCPU that was created after the VM's first run.
+    if (kvm.vmTypes.has('protected')) t.equal((await rejection(other.next())).code, 'EINVAL');
+    else t.ok(isInput(await other.next()));
     other.close();
     await other.ended;
   });

@@ -12,6 +12,7 @@ import { guardConstructor, type internal, Resource } from './resource.ts';
 import {
   ERRNO,
   HUGE_SHIFT,
+  HUGETLBFS_MAGIC,
   MADV_DONTNEED,
   MADV_REMOVE,
   MAP_ANONYMOUS,
@@ -42,7 +43,7 @@ export interface HostMemoryOptions {
    * there from the start). 'hugetlb' and 'secret' are `UNSUPPORTED` where the host has none.
    */
   readonly kind?: HostMemoryKind;
-  /** Of a 'file', which is created when missing and made larger when shorter than `size`. */
+  /** Of a 'file', which is created when missing and made larger when shorter than `size`. On hugetlbfs it consists of huge pages, as `size` has to. */
   readonly path?: string;
   /** Bytes; 'hugetlb' only. 2 MiB by default. */
   readonly hugePageSize?: number;
@@ -130,11 +131,10 @@ export class HostMemory extends Resource {
     if (!Number.isInteger(Math.log2(hugePageSize)))
       throw rangeError(`hugePageSize must be a power of two, got ${hugePageSize}`);
     if (numaNode !== undefined) integer('numaNode', numaNode, 0, 1023);
-    const alignment = kind === 'hugetlb' ? hugePageSize : kernel.pageSize;
-    if (size % alignment !== 0) throw rangeError(`size must be a multiple of ${formatBytes(alignment)}, got ${size}`);
+    assertPages(size, kind === 'hugetlb' ? hugePageSize : kernel.pageSize);
     const file = kind === 'file' ? text('path', path) : '';
     assertOpen();
-    const [mapping, fd] = map(kernel, kind, size, file, hugePageSize);
+    const { mapping, fd, alignment } = map(kernel, kind, size, file, hugePageSize);
     try {
       if (numaNode !== undefined) setPolicy(kernel, mapping, { offset: 0, size }, { mode: 'bind', nodes: [numaNode] });
       if (kind === 'secret') touchSecrets(kernel, mapping, size);
@@ -336,31 +336,32 @@ function map(
   size: number,
   path: string,
   hugePageSize: number,
-): [mapping: number, fd: number] {
+): { mapping: number; fd: number; alignment: number } {
+  const alignment = kernel.pageSize;
   const mmap = (flags: number, fd: number): number =>
     kernel.mmap({ length: size, prot: PROT_READ | PROT_WRITE, flags, fd, offset: 0 });
   if (kind === 'anonymous') {
-    return [checked(kernel, mmap(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1), 'mmap', { size }), -1];
+    const mapping = checked(kernel, mmap(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1), 'mmap', { size });
+    return { mapping, fd: -1, alignment };
   }
   if (kind === 'hugetlb') {
     const mapping = mmap(MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | (Math.log2(hugePageSize) << HUGE_SHIFT), -1);
-    const count = size / hugePageSize;
-    const pool = `/sys/kernel/mm/hugepages/hugepages-${hugePageSize / 1024}kB/nr_hugepages`;
     if (mapping < 0) {
-      const reason = `the host has no ${count} free huge pages of ${formatBytes(hugePageSize)}: echo ${count} > ${pool}`;
       const unknown: readonly number[] = [-ERRNO.EINVAL, -ERRNO.ENOENT, -ERRNO.ENOSYS, -ERRNO.EOPNOTSUPP];
       if (unknown.includes(mapping))
         throw KvmError.unsupported(
           `the host has no huge pages of ${formatBytes(hugePageSize)}: /sys/kernel/mm/hugepages lists its sizes`,
         );
-      throw systemError(mapping, { syscall: 'mmap', args: { size, hugePageSize } }, reason);
+      throw tooFewHugePages(mapping, size, hugePageSize);
     }
-    return [mapping, -1];
+    return { mapping, fd: -1, alignment: hugePageSize };
   }
   const fd = open(kernel, kind, path);
   try {
     const status: { size?: bigint } = {};
     checked(kernel, kernel.fstat(fd, status), 'fstat');
+    const huge = kind === 'file' ? hugePageSizeOf(kernel, fd) : null;
+    if (huge) assertPages(size, huge);
     if (Number(status.size) < size) {
       const resized = kernel.ftruncate(fd, size);
       const reason =
@@ -369,11 +370,29 @@ function map(
     }
     const mapping = mmap(MAP_SHARED, fd);
     if (kind === 'secret' && mapping === -ERRNO.EAGAIN) throw lockError(kernel, mapping, 'mmap', size);
-    return [checked(kernel, mapping, 'mmap', { size }), fd];
+    if (huge && mapping === -ERRNO.ENOMEM) throw tooFewHugePages(mapping, size, huge);
+    return { mapping: checked(kernel, mapping, 'mmap', { size }), fd, alignment: huge ?? alignment };
   } catch (error) {
     kernel.close(fd);
     throw error;
   }
+}
+
+function assertPages(size: number, alignment: number): void {
+  if (size % alignment !== 0) throw rangeError(`size must be a multiple of ${formatBytes(alignment)}, got ${size}`);
+}
+
+/** Bytes of a page of a file on hugetlbfs; null elsewhere. */
+function hugePageSizeOf(kernel: Kernel, fd: number): number | null {
+  const status: { type?: number; bsize?: number } = {};
+  return kernel.fstatfs(fd, status) >= 0 && status.type === HUGETLBFS_MAGIC ? (status.bsize ?? null) : null;
+}
+
+function tooFewHugePages(result: number, size: number, hugePageSize: number): KvmError {
+  const count = size / hugePageSize;
+  const pool = `/sys/kernel/mm/hugepages/hugepages-${hugePageSize / 1024}kB/nr_hugepages`;
+  const reason = `the host has no ${count} free huge pages of ${formatBytes(hugePageSize)}: echo ${count} > ${pool}`;
+  return systemError(result, { syscall: 'mmap', args: { size, hugePageSize } }, reason);
 }
 
 /** Since Linux 7.3 a secret page counts as locked when it is first touched, and is SIGBUS where it may not be: so none is left to a view. */

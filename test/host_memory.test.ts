@@ -1,8 +1,19 @@
-import { closeSync, mkdtempSync, openSync, readFileSync, readSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { spawnSync } from 'node:child_process';
+import {
+  closeSync,
+  mkdtempSync,
+  openSync,
+  readdirSync,
+  readFileSync,
+  readSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import t from 'tap';
-import { GiB, KvmError, MiB } from '../lib/index.ts';
+import { GiB, GuestAgent, KvmError, MiB } from '../lib/index.ts';
 import { type Kernel, linuxKernel, softwareKernel } from '../lib/kernel/index.ts';
 import {
   ERRNO,
@@ -141,6 +152,64 @@ await everywhere(t, 'huge pages that are not there', (t, { backend, kvm }) => {
     'no huge pages of 16 MiB',
   );
 });
+
+await everywhere(
+  t,
+  'seed 3.3, seed 3.4: guest memory in huge pages, in files of hugetlbfs',
+  (t, { backend, kvm, vm, P }) => {
+    const [path, data] = [join(folder, 'store'), mkdtempSync(join(folder, 'huge-'))];
+    refused(t, () => kvm.openStore(path, { data: join(data, 'nowhere') }), 'ENOENT');
+    // Takes a privilege, which a machine of ours and most containers give.
+    if (spawnSync('mount', ['-t', 'hugetlbfs', '-o', 'pagesize=2M', 'none', data]).status !== 0) return;
+    const pool = '/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages';
+    const before = readFileSync(pool, 'utf8').trim();
+    t.teardown(() => {
+      spawnSync('umount', [data]);
+      writeFileSync(pool, before);
+    });
+    if (backend.name !== 'kvm') {
+      refused(t, () => kvm.openStore(path, { data }), 'UNSUPPORTED', 'hugetlbfs');
+      return;
+    }
+    refused(t, () => kvm.openStore(data), 'EINVAL', 'hugetlbfs', '{ data:');
+    const store = kvm.openStore(path, { data });
+    refused(t, () => store.create('odd', { size: 3 * MiB }), 'ERR_OUT_OF_RANGE', '2 MiB');
+    const far = store.create('too-large', { size: 2 ** 40 });
+    refused(t, () => far.hostMemory, 'ENOMEM', `${2 ** 19} free huge pages of 2 MiB`, 'echo');
+    far.close();
+    store.remove('too-large');
+
+    writeFileSync(pool, String(Number(before) + 8));
+    const memory = store.create('guest', { size: 4 * MiB });
+    vm.createMemslot({ address: 0, size: 4 * MiB, hostMemory: memory.hostMemory });
+    const agent = GuestAgent.boot(vm, { address: 0 });
+    agent.write(3 * MiB, Buffer.from('huge'));
+    memory.record(vm);
+    t.equal(memory.hostMemory.residentBytes(), 4 * MiB);
+    t.same(memory.extents(), [{ offset: 0, size: 4 * MiB }]);
+    memory.sync();
+    agent.close();
+    vm.close();
+    store.close();
+
+    // Whoever comes next need not know where the bytes are.
+    using again = kvm.openStore(path);
+    using next = kvm.createVm();
+    again.attach(next, 'guest');
+    using there = GuestAgent.boot(next, { address: 0 });
+    t.equal(Buffer.from(there.read(3 * MiB, 4)).toString(), 'huge');
+    there.close();
+    const { hostMemory } = again.open('guest');
+    refused(t, () => hostMemory.discard({ offset: 0, size: P }), 'ERR_OUT_OF_RANGE', String(2 * MiB));
+    hostMemory.discard({ offset: 2 * MiB, size: 2 * MiB });
+    t.equal(hostMemory.residentBytes(), 2 * MiB);
+    next.close();
+    again.open('guest').close();
+    t.equal(readdirSync(data).length, 1);
+    again.remove('guest');
+    t.same(readdirSync(data), []);
+  },
+);
 
 await everywhere(t, 'NUMA nodes', (t, { kvm, P }) => {
   using memory = kvm.createHostMemory({ size: P, numaNode: 0 });

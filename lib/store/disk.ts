@@ -1,6 +1,6 @@
 import fs from 'node:fs';
 import { KvmError, systemError } from '../errors.ts';
-import { ERRNO, type ErrnoName, errnoName } from '../uapi.ts';
+import { ERRNO, type ErrnoName, errnoName, HUGETLBFS_MAGIC } from '../uapi.ts';
 
 /** What the store does with files: node:fs, or a test that fails on purpose. */
 export type FileSystem = Pick<
@@ -18,6 +18,8 @@ export type FileSystem = Pick<
   | 'fstatSync'
   | 'linkSync'
   | 'readFileSync'
+  | 'symlinkSync'
+  | 'readlinkSync'
 >;
 
 export function corrupt(message: string): KvmError {
@@ -99,6 +101,12 @@ export class Disk {
         this.fs.closeSync(fd);
       }
     });
+  }
+
+  /** Bytes of a page of a file in this folder, if it is on hugetlbfs, which has no write(2). */
+  hugePageSizeOf(path: string): number | null {
+    const { type, bsize } = fs.statfsSync(path);
+    return type === HUGETLBFS_MAGIC ? bsize : null;
   }
 
   /** Waits until a folder's names are on the disk, where folders can be synced. */

@@ -1,5 +1,5 @@
 import { randomBytes } from 'node:crypto';
-import { join } from 'node:path';
+import { basename, join, resolve } from 'node:path';
 import { KvmError } from '../errors.ts';
 import { formatBytes, formatRange } from '../format.ts';
 import type { GuestMemfd } from '../guest_memfd.ts';
@@ -23,10 +23,15 @@ import { WriterLock } from './writer_lock.ts';
 export interface StoreOptions {
   /** Looks on, and restores snapshots, besides the one that writes. Default false. */
   readonly readOnly?: boolean;
+  /**
+   * A folder, usually of another file system, for the bytes of what create() makes, so that only metadata and snapshots are at the store's own path:
+   * hugetlbfs, which keeps nothing else, or a DAX file system.
+   */
+  readonly data?: string;
 }
 
 export interface StoredMemoryOptions {
-  /** Bytes, page-aligned. Space is taken page by page as it is written. */
+  /** Bytes, page-aligned; with `data` on hugetlbfs, of its huge pages. Space is taken page by page as it is written. */
   readonly size: number;
   /** The user's own words about it. */
   readonly tags?: Readonly<Record<string, string>>;
@@ -53,6 +58,8 @@ export interface StoredVm {
 const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$/;
 const DRAFT = /^\.(?:new|gone|lock)-/;
 const SIZE_MAX = 2 ** 52;
+/** What a data file is called in a folder of its own: nothing else is ever removed there. */
+const ELSEWHERE = /^guest-memory-[0-9a-f]{12}$/;
 
 /**
  * A place for guest memory that outlives its process: a folder, in which every memory has a name. Its bytes are one file, which guests see
@@ -64,6 +71,8 @@ export class GuestMemoryStore extends Resource {
   readonly readOnly: boolean;
   readonly #kvm: Kvm;
   readonly #disk: Disk;
+  /** Where new bytes go; null: beside their metadata. */
+  readonly #data: string | null;
   readonly #owner: MemoryOwner;
   readonly #open = new Map<string, StoredMemory>();
 
@@ -78,36 +87,51 @@ export class GuestMemoryStore extends Resource {
     files?: FileSystem,
   ): GuestMemoryStore {
     const folder = text('path', path);
-    const { readOnly = false } = options('options', given);
+    const { readOnly = false, data } = options('options', given);
     boolean('readOnly', readOnly);
+    const elsewhere = data === undefined ? null : resolve(text('data', data));
     assertOpen();
     const disk = new Disk(files);
+    if (elsewhere !== null) assertHolds(disk, kvm, elsewhere);
     return disk.on(folder, () => {
       if (readOnly) {
         disk.fs.readdirSync(folder);
-        return new GuestMemoryStore(token, kvm, kernel, disk, folder, null);
+        return new GuestMemoryStore(token, kvm, kernel, disk, folder, null, elsewhere);
       }
       disk.fs.mkdirSync(folder, { recursive: true, mode: 0o700 });
+      if (disk.hugePageSizeOf(folder))
+        throw new KvmError({
+          code: 'EINVAL',
+          message: `${folder} is on hugetlbfs, which keeps only guest memory: open the store elsewhere, with { data: ${JSON.stringify(folder)} }`,
+        });
       const lock = WriterLock.take(disk, folder);
       try {
-        for (const name of disk.fs.readdirSync(folder))
-          if (DRAFT.test(name)) disk.fs.rmSync(join(folder, name), { recursive: true, force: true });
+        for (const name of disk.fs.readdirSync(folder)) if (DRAFT.test(name)) discard(disk, join(folder, name));
       } catch (error) {
         WriterLock.release(lock.path);
         throw error;
       }
-      return new GuestMemoryStore(token, kvm, kernel, disk, folder, lock);
+      return new GuestMemoryStore(token, kvm, kernel, disk, folder, lock, elsewhere);
     });
   }
 
   /** @internal */
-  constructor(token: typeof internal, kvm: Kvm, kernel: Kernel, disk: Disk, path: string, lock: WriterLock | null) {
+  constructor(
+    token: typeof internal,
+    kvm: Kvm,
+    kernel: Kernel,
+    disk: Disk,
+    path: string,
+    lock: WriterLock | null,
+    data: string | null,
+  ) {
     guardConstructor(token, 'kvm.openStore()');
     super(kvm, `the store ${path}`, releasing(lock));
     this.path = path;
     this.readOnly = lock === null;
     this.#kvm = kvm;
     this.#disk = disk;
+    this.#data = data;
     this.#owner = {
       kvm,
       kernel,
@@ -135,14 +159,15 @@ export class GuestMemoryStore extends Resource {
     const checked = nameOf(name);
     const { size, tags = {} } = options('options', given);
     const { pageSize, arch } = this.#kvm;
-    if (integer('size', size, 1, SIZE_MAX) % pageSize)
-      throw rangeError(`size must be a multiple of ${formatBytes(pageSize)}, got ${size}`);
+    const unit = (this.#data !== null && this.#disk.hugePageSizeOf(this.#data)) || pageSize;
+    if (integer('size', size, 1, SIZE_MAX) % unit)
+      throw rangeError(`size must be a multiple of ${formatBytes(unit)}, got ${size}`);
     const metadata: Metadata = {
       ...{ size, arch, pageSize, vmType: 'default', isSnapshot: false, tags: tagsOf(tags) },
       ...{ regions: [], slots: [], users: [], vcpus: [], privatePages: new Uint8Array(0) },
     };
     this.assertOpen();
-    this.#build(checked, metadata, () => {});
+    this.#build(checked, metadata, this.#data);
     return this.open(checked);
   }
 
@@ -161,7 +186,7 @@ export class GuestMemoryStore extends Resource {
     const metadata = this.#disk.on(folder, () => {
       this.#disk.fs.readdirSync(folder);
       const found = file.read();
-      const fd = this.#disk.fs.openSync(join(folder, DATA), 'r');
+      const fd = this.#openData(folder);
       try {
         const { size } = this.#disk.fs.fstatSync(fd);
         if (size < found.size)
@@ -197,7 +222,7 @@ export class GuestMemoryStore extends Resource {
       // By another name first: half of it must never be found.
       const gone = this.#draft('gone');
       this.#disk.fs.renameSync(path, gone);
-      this.#disk.fs.rmSync(gone, { recursive: true, force: true });
+      discard(this.#disk, gone);
     });
   }
 
@@ -242,7 +267,7 @@ export class GuestMemoryStore extends Resource {
     const sources = sourcesOf(vm);
     const layout = capture(vm, new Map(sources.map(({ memory, at }) => [memory, at])), vcpus);
     const size = sources.reduce((sum, { memory }) => sum + memory.size, 0);
-    this.#build(checked, { ...layout, size, isSnapshot: true, tags: words }, (fd) => {
+    this.#build(checked, { ...layout, size, isSnapshot: true, tags: words }, null, (fd) => {
       for (const source of sources) copyOut(this.#disk, vm.backing.kernel, source, fd);
     });
     return this.open(checked);
@@ -304,7 +329,7 @@ export class GuestMemoryStore extends Resource {
   }
 
   /** A folder that appears under its name when all of it is there. */
-  #build(name: string, metadata: Metadata, fill: (fd: number) => void): void {
+  #build(name: string, metadata: Metadata, elsewhere: string | null, fill: (fd: number) => void = () => {}): void {
     this.#assertWriter();
     const path = join(this.path, name);
     this.#disk.on(path, () => {
@@ -313,7 +338,11 @@ export class GuestMemoryStore extends Resource {
       const draft = this.#draft('new');
       try {
         fs.mkdirSync(draft, { mode: 0o700 });
-        const fd = fs.openSync(join(draft, DATA), 'wx', 0o600);
+        const beside = join(draft, DATA);
+        const data = elsewhere === null ? beside : join(elsewhere, `guest-memory-${randomBytes(6).toString('hex')}`);
+        // The name first: whoever finds the draft knows what to remove.
+        if (data !== beside) fs.symlinkSync(data, beside);
+        const fd = fs.openSync(data, 'wx', 0o600);
         try {
           fs.ftruncateSync(fd, metadata.size);
           fill(fd);
@@ -325,16 +354,57 @@ export class GuestMemoryStore extends Resource {
         this.#disk.syncFolder(draft);
         fs.renameSync(draft, path);
       } catch (error) {
-        fs.rmSync(draft, { recursive: true, force: true });
+        discard(this.#disk, draft);
         throw error;
       }
       this.#disk.syncFolder(this.path);
     });
   }
 
+  #openData(folder: string): number {
+    try {
+      return this.#disk.fs.openSync(join(folder, DATA), 'r');
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
+      throw corrupt(
+        `the bytes of ${folder} are gone: ${elsewhereOf(this.#disk.fs, folder) ?? join(folder, DATA)} does not exist`,
+      );
+    }
+  }
+
   #draft(kind: 'new' | 'gone'): string {
     return join(this.path, `.${kind}-${randomBytes(6).toString('hex')}`);
   }
+}
+
+/** Removes a memory's folder, or a lock's draft, and the bytes it has elsewhere. */
+function discard({ fs }: Disk, path: string): void {
+  const data = elsewhereOf(fs, path);
+  if (data !== null) fs.rmSync(data, { force: true });
+  fs.rmSync(path, { recursive: true, force: true });
+}
+
+function elsewhereOf(fs: FileSystem, path: string): string | null {
+  try {
+    const data = fs.readlinkSync(join(path, DATA));
+    return ELSEWHERE.test(basename(data)) ? data : null;
+  } catch (error) {
+    // There is none, it is no link, or this is no folder.
+    if (['ENOENT', 'EINVAL', 'ENOTDIR'].includes((error as NodeJS.ErrnoException).code ?? '')) return null;
+    throw error;
+  }
+}
+
+/** @throws KvmError `UNSUPPORTED`, `ENOENT` and others of the system calls behind it */
+function assertHolds(disk: Disk, kvm: Kvm, data: string): void {
+  const huge = disk.on(data, () => {
+    disk.fs.readdirSync(data);
+    return disk.hugePageSizeOf(data);
+  });
+  if (huge && kvm.backend === 'software')
+    throw KvmError.unsupported(
+      `the software kernel copies what it writes into its files, and ${data} is on hugetlbfs, which has no write(2)`,
+    );
 }
 
 function taken(path: string): KvmError {

@@ -16,11 +16,11 @@ import {
   MADV_DONTNEED,
   MADV_REMOVE,
   MAP_ANONYMOUS,
-  MAP_HUGETLB,
   MAP_NORESERVE,
   MAP_PRIVATE,
   MAP_SHARED,
   MFD_CLOEXEC,
+  MFD_HUGETLB,
   MiB,
   O_CLOEXEC,
   O_CREAT,
@@ -37,7 +37,7 @@ export interface HostMemoryOptions {
   /** Bytes: a multiple of the page size, or of `hugePageSize`. */
   readonly size: number;
   /**
-   * 'anonymous' (default) is memory of this process only; 'memfd' and 'file' can be shared with others. Touching a view of a 'file' that
+   * 'anonymous' (default) is memory of this process only; 'memfd', 'hugetlb' and 'file' can be shared with others. Touching a view of a 'file' that
    * another process has cut meanwhile is SIGBUS, as with every mapped file; copies through `vm.memory` are not. 'secret' is for the host's own
    * secrets, not for guests: not even the kernel has it in its page tables, and it is zeroed when it is closed (Linux 5.14; since 7.3 all of it is
    * there from the start). 'hugetlb' and 'secret' are `UNSUPPORTED` where the host has none.
@@ -199,7 +199,7 @@ export class HostMemory extends Resource {
    * @param range Bytes, aligned to the page size ('hugetlb': to its page size).
    * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `EOPNOTSUPP` (a file system without holes), `UNSUPPORTED` for secret memory, `EBUSY` a memslot
    *   that shows it is locked, `EPERM` while it is handed over, `ERR_CLOSED` · what a user threw
-   * @see madvise(2) with MADV_DONTNEED; for a 'memfd' or 'file' with MADV_REMOVE
+   * @see madvise(2) with MADV_DONTNEED; of a file ('memfd', 'hugetlb', 'file') with MADV_REMOVE
    */
   discard(range: FileRange): void {
     const { offset, size } = this.#pages(options('range', range));
@@ -311,7 +311,7 @@ export class HostMemory extends Resource {
   }
 
   get #advice(): number {
-    return this.kind === 'memfd' || this.kind === 'file' ? MADV_REMOVE : MADV_DONTNEED;
+    return this.kind === 'anonymous' ? MADV_DONTNEED : MADV_REMOVE;
   }
 }
 
@@ -344,23 +344,11 @@ function map(
     const mapping = checked(kernel, mmap(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1), 'mmap', { size });
     return { mapping, fd: -1, alignment };
   }
-  if (kind === 'hugetlb') {
-    const mapping = mmap(MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | (Math.log2(hugePageSize) << HUGE_SHIFT), -1);
-    if (mapping < 0) {
-      const unknown: readonly number[] = [-ERRNO.EINVAL, -ERRNO.ENOENT, -ERRNO.ENOSYS, -ERRNO.EOPNOTSUPP];
-      if (unknown.includes(mapping))
-        throw KvmError.unsupported(
-          `the host has no huge pages of ${formatBytes(hugePageSize)}: /sys/kernel/mm/hugepages lists its sizes`,
-        );
-      throw tooFewHugePages(mapping, size, hugePageSize);
-    }
-    return { mapping, fd: -1, alignment: hugePageSize };
-  }
-  const fd = open(kernel, kind, path);
+  const fd = open(kernel, kind, path, hugePageSize);
   try {
     const status: { size?: bigint } = {};
     checked(kernel, kernel.fstat(fd, status), 'fstat');
-    const huge = kind === 'file' ? hugePageSizeOf(kernel, fd) : null;
+    const huge = kind === 'hugetlb' ? hugePageSize : kind === 'file' ? hugePageSizeOf(kernel, fd) : null;
     if (huge) assertPages(size, huge);
     if (Number(status.size) < size) {
       const resized = kernel.ftruncate(fd, size);
@@ -407,7 +395,17 @@ function touchSecrets(kernel: Kernel, mapping: number, size: number): void {
   }
 }
 
-function open(kernel: Kernel, kind: HostMemoryKind, path: string): number {
+function open(kernel: Kernel, kind: HostMemoryKind, path: string, hugePageSize: number): number {
+  if (kind === 'hugetlb') {
+    const flags = MFD_CLOEXEC | MFD_HUGETLB | (Math.log2(hugePageSize) << HUGE_SHIFT);
+    const fd = kernel.memfdCreate('guest-memory', flags >>> 0);
+    const unknown: readonly number[] = [-ERRNO.EINVAL, -ERRNO.ENODEV, -ERRNO.ENOENT, -ERRNO.ENOSYS];
+    if (unknown.includes(fd))
+      throw KvmError.unsupported(
+        `the host has no huge pages of ${formatBytes(hugePageSize)}: /sys/kernel/mm/hugepages lists its sizes`,
+      );
+    return checked(kernel, fd, 'memfd_create');
+  }
   if (kind === 'memfd') return checked(kernel, kernel.memfdCreate('guest-memory', MFD_CLOEXEC), 'memfd_create');
   if (kind === 'file') return opened(kernel.open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0o600), path);
   const fd = kernel.memfdSecret(O_CLOEXEC);

@@ -166,7 +166,7 @@ function lockHost(kernel: Kernel, host: HostMemory, offset: number, size: number
   const locked = kernel.mlock2(mapping, offset, size, MLOCK_ONFAULT);
   if (locked < 0) throw lockError(kernel, locked, 'mlock2', size);
   // To read private memory is to find the one page of zeros that everybody has: a page of its own takes a write.
-  const isPrivate = host.kind === 'anonymous' || host.kind === 'hugetlb';
+  const isPrivate = host.kind === 'anonymous';
   const advice = rights === 'read' && !isPrivate ? MADV_POPULATE_READ : MADV_POPULATE_WRITE;
   const populated = kernel.madvise(mapping, offset, size, advice);
   if (populated >= 0) return;

@@ -13,7 +13,7 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import t from 'tap';
-import { GiB, GuestAgent, KvmError, MiB } from '../lib/index.ts';
+import { GiB, GuestAgent, handOver, KvmError, MiB, takeOver } from '../lib/index.ts';
 import { type Kernel, linuxKernel, softwareKernel } from '../lib/kernel/index.ts';
 import {
   ERRNO,
@@ -155,8 +155,8 @@ await everywhere(t, 'huge pages that are not there', (t, { backend, kvm }) => {
 
 await everywhere(
   t,
-  'seed 3.3, seed 3.4: guest memory in huge pages, in files of hugetlbfs',
-  (t, { backend, kvm, vm, P }) => {
+  'seed 3.3, seed 3.4: guest memory in huge pages, stored and handed over',
+  async (t, { backend, kvm, vm, P }) => {
     const [path, data] = [join(folder, 'store'), mkdtempSync(join(folder, 'huge-'))];
     refused(t, () => kvm.openStore(path, { data: join(data, 'nowhere') }), 'ENOENT');
     // Takes a privilege, which a machine of ours and most containers give.
@@ -217,6 +217,19 @@ await everywhere(
     t.equal(readdirSync(data).length, 1);
     again.remove('guest');
     t.same(readdirSync(data), []);
+
+    const huge = kvm.createHostMemory({ size: 4 * MiB, kind: 'hugetlb' });
+    using giver = kvm.createVm();
+    giver.createMemslot({ address: 0, size: 4 * MiB, hostMemory: huge });
+    giver.memory.write(3 * MiB, Buffer.from('handed'));
+    const socket = join(folder, 'socket');
+    const [, taken] = await Promise.all([handOver(giver, { path: socket }), takeOver(kvm, { path: socket })]);
+    t.equal(Buffer.from(taken.vm.memory.read(3 * MiB, 6)).toString(), 'handed');
+    const [slot] = taken.vm.memslots.values();
+    t.match(slot?.hostMemory, { kind: 'hugetlb', size: 4 * MiB });
+    refused(t, () => slot?.hostMemory?.discard({ offset: 0, size: P }), 'ERR_OUT_OF_RANGE', String(2 * MiB));
+    taken.vm.close();
+    giver.close();
   },
 );
 

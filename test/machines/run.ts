@@ -47,7 +47,7 @@ export async function runInMachine(
   args: readonly string[],
   options: RunOptions = {},
 ): Promise<RunResult> {
-  const { onOutput, deadline = 15 * 60_000, keep = false } = options;
+  const { onOutput, deadline = 40 * 60_000, keep = false } = options;
   const image = options.kernel ?? (await kernelFor(machine));
   const isHost = machine.root === 'host';
   const root = isHost ? '/' : await debianRoot();

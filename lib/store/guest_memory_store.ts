@@ -58,6 +58,13 @@ export interface StoredVm {
 const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$/;
 const DRAFT = /^\.(?:new|gone|lock)-/;
 const SIZE_MAX = 2 ** 52;
+/** Where bytes go that are not beside their metadata. */
+interface DataFolder {
+  readonly path: string;
+  /** Bytes; null unless it is on hugetlbfs. */
+  readonly hugePageSize: number | null;
+}
+
 /** What a data file is called in a folder of its own: nothing else is ever removed there. */
 const ELSEWHERE = /^guest-memory-[0-9a-f]{12}$/;
 
@@ -71,8 +78,7 @@ export class GuestMemoryStore extends Resource {
   readonly readOnly: boolean;
   readonly #kvm: Kvm;
   readonly #disk: Disk;
-  /** Where new bytes go; null: beside their metadata. */
-  readonly #data: string | null;
+  readonly #data: DataFolder | null;
   readonly #owner: MemoryOwner;
   readonly #open = new Map<string, StoredMemory>();
 
@@ -89,10 +95,10 @@ export class GuestMemoryStore extends Resource {
     const folder = text('path', path);
     const { readOnly = false, data } = options('options', given);
     boolean('readOnly', readOnly);
-    const elsewhere = data === undefined ? null : resolve(text('data', data));
+    if (data !== undefined) text('data', data);
     assertOpen();
     const disk = new Disk(files);
-    if (elsewhere !== null) assertHolds(disk, kvm, elsewhere);
+    const elsewhere = data === undefined ? null : dataFolder(disk, kvm, resolve(data));
     return disk.on(folder, () => {
       if (readOnly) {
         disk.fs.readdirSync(folder);
@@ -123,7 +129,7 @@ export class GuestMemoryStore extends Resource {
     disk: Disk,
     path: string,
     lock: WriterLock | null,
-    data: string | null,
+    data: DataFolder | null,
   ) {
     guardConstructor(token, 'kvm.openStore()');
     super(kvm, `the store ${path}`, releasing(lock));
@@ -159,7 +165,7 @@ export class GuestMemoryStore extends Resource {
     const checked = nameOf(name);
     const { size, tags = {} } = options('options', given);
     const { pageSize, arch } = this.#kvm;
-    const unit = (this.#data !== null && this.#disk.hugePageSizeOf(this.#data)) || pageSize;
+    const unit = this.#data?.hugePageSize ?? pageSize;
     if (integer('size', size, 1, SIZE_MAX) % unit)
       throw rangeError(`size must be a multiple of ${formatBytes(unit)}, got ${size}`);
     const metadata: Metadata = {
@@ -167,7 +173,7 @@ export class GuestMemoryStore extends Resource {
       ...{ regions: [], slots: [], users: [], vcpus: [], privatePages: new Uint8Array(0) },
     };
     this.assertOpen();
-    this.#build(checked, metadata, this.#data);
+    this.#build(checked, metadata, this.#data?.path);
     return this.open(checked);
   }
 
@@ -267,7 +273,7 @@ export class GuestMemoryStore extends Resource {
     const sources = sourcesOf(vm);
     const layout = capture(vm, new Map(sources.map(({ memory, at }) => [memory, at])), vcpus);
     const size = sources.reduce((sum, { memory }) => sum + memory.size, 0);
-    this.#build(checked, { ...layout, size, isSnapshot: true, tags: words }, null, (fd) => {
+    this.#build(checked, { ...layout, size, isSnapshot: true, tags: words }, undefined, (fd) => {
       for (const source of sources) copyOut(this.#disk, vm.backing.kernel, source, fd);
     });
     return this.open(checked);
@@ -329,7 +335,7 @@ export class GuestMemoryStore extends Resource {
   }
 
   /** A folder that appears under its name when all of it is there. */
-  #build(name: string, metadata: Metadata, elsewhere: string | null, fill: (fd: number) => void = () => {}): void {
+  #build(name: string, metadata: Metadata, elsewhere?: string, fill: (fd: number) => void = () => {}): void {
     this.#assertWriter();
     const path = join(this.path, name);
     this.#disk.on(path, () => {
@@ -339,7 +345,8 @@ export class GuestMemoryStore extends Resource {
       try {
         fs.mkdirSync(draft, { mode: 0o700 });
         const beside = join(draft, DATA);
-        const data = elsewhere === null ? beside : join(elsewhere, `guest-memory-${randomBytes(6).toString('hex')}`);
+        const data =
+          elsewhere === undefined ? beside : join(elsewhere, `guest-memory-${randomBytes(6).toString('hex')}`);
         // The name first: whoever finds the draft knows what to remove.
         if (data !== beside) fs.symlinkSync(data, beside);
         const fd = fs.openSync(data, 'wx', 0o600);
@@ -396,15 +403,16 @@ function elsewhereOf(fs: FileSystem, path: string): string | null {
 }
 
 /** @throws KvmError `UNSUPPORTED`, `ENOENT` and others of the system calls behind it */
-function assertHolds(disk: Disk, kvm: Kvm, data: string): void {
-  const huge = disk.on(data, () => {
-    disk.fs.readdirSync(data);
-    return disk.hugePageSizeOf(data);
+function dataFolder(disk: Disk, kvm: Kvm, path: string): DataFolder {
+  const hugePageSize = disk.on(path, () => {
+    disk.fs.readdirSync(path);
+    return disk.hugePageSizeOf(path);
   });
-  if (huge && kvm.backend === 'software')
+  if (hugePageSize && kvm.backend === 'software')
     throw KvmError.unsupported(
-      `the software kernel copies what it writes into its files, and ${data} is on hugetlbfs, which has no write(2)`,
+      `the software kernel copies what it writes into its files, and ${path} is on hugetlbfs, which has no write(2)`,
     );
+  return { path, hugePageSize };
 }
 
 function taken(path: string): KvmError {

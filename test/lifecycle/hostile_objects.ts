@@ -250,7 +250,7 @@ const methods: readonly Method[] = [
   method(
     ({ kvm }) => kvm,
     'openStore',
-    () => [join(FOLDER, 'another store'), { readOnly: false }],
+    () => [join(FOLDER, 'another store'), { readOnly: false, data: FOLDER }],
   ),
   method(
     ({ store }) => store,

@@ -50,7 +50,7 @@ const about: Readonly<Record<string, readonly Call[]>> = {
 const proposals: Readonly<Record<string, readonly string[]>> = {
   createGuestMemfd: ['large_folios'],
   fallocate: ['large_folios'],
-  mmap: ['guest_seal'],
+  mmap: ['guest_seal', '../host_memory'],
   conversion: ['in_place_conversion', 'in_place_protocol', 'large_folios'],
   grantRing: ['grant_ring'],
   link: ['../hand_over'],

@@ -9,6 +9,9 @@ const explanations: Readonly<Record<string, string>> = {
   'getDirtyLog no-dirty-log: removed': 'where there is no log the call has nothing to read, and says ENOENT itself',
   'mmap mmap-length: swapped with the next': 'a length of 0 does not wrap',
   'mmap mmap-length-wraps: removed': 'mmap-room says ENOMEM of these lengths too',
+  'mmap not-mappable: swapped with the next': 'the next one is about secret memory, which can be mapped',
+  'lock lock-slot-id: removed': 'lock-absent says EINVAL too of a slot that no VM can have',
+  'unlock lock-slot-id: removed': 'unlock-absent says EINVAL too of a slot that no VM can have',
 };
 
 /** Calls that nobody's kernel has: an order of checks is ours alone, and no program may depend on it. */
@@ -21,6 +24,8 @@ const proposed: readonly string[] = [
   'link',
   'lock',
   'unlock',
+  'lockedSlot',
+  'lockedRange',
 ];
 const orderOfProposal = 'the posting leaves open which is asked first';
 

@@ -4,7 +4,6 @@ import { Problem } from './command.ts';
 import { cachedKernel } from './kernel.ts';
 import { type Machine, machines } from './machines.ts';
 import { missingPackages, requirePackages } from './packages.ts';
-import { prebuild } from './prebuild.ts';
 import { runInMachine } from './run.ts';
 import { runSuite } from './suite.ts';
 
@@ -74,7 +73,6 @@ async function main(): Promise<number> {
   );
   const { keep, kernel, run } = options;
   const how = { keep, ...(kernel && { kernel }) };
-  if (options.machines.some(({ arch }) => arch === 'aarch64')) prebuild('arm64');
   if (run.length > 0) {
     const { status, problem } = await runInMachine(options.machines[0] as Machine, run, { ...how, deadline: 0 });
     if (problem) console.error(`the machine failed: ${problem}`);

@@ -7,6 +7,7 @@ import type { Arch } from '../../lib/model_options.ts';
 import { Problem } from './command.ts';
 import { kernelFor } from './kernel.ts';
 import type { Machine } from './machines.ts';
+import { prebuild } from './prebuild.ts';
 import { clone, cloneInDebian, debianRoot } from './root.ts';
 
 export const emulators: Record<Arch, string> = { x86_64: 'qemu-system-x86_64', aarch64: 'qemu-system-aarch64' };
@@ -50,6 +51,7 @@ export async function runInMachine(
   const { onOutput, deadline = 40 * 60_000, keep = false } = options;
   const image = options.kernel ?? (await kernelFor(machine));
   const isHost = machine.root === 'host';
+  if (!isHost) prebuild('arm64');
   const root = isHost ? '/' : await debianRoot();
   const results = resultsOf(machine);
   mkdirSync(results, { recursive: true });

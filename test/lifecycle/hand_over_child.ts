@@ -1,5 +1,5 @@
 import { GuestAgent, handOver, Kvm, MiB, takeFromSystemd, takeOver } from '../../lib/index.ts';
-import { SOCK_SEQPACKET } from '../../lib/uapi.ts';
+import { ERRNO, SOCK_SEQPACKET } from '../../lib/uapi.ts';
 
 // One side of a hand-over, on KVM, in a process of its own.
 
@@ -28,7 +28,7 @@ switch (part) {
     const socket = kernel.socket(SOCK_SEQPACKET);
     kernel.connect(socket, path);
     const got: number[] = [];
-    while (kernel.recvmsg(socket, new Uint8Array(64), got) <= 0);
+    while (kernel.recvmsg(socket, new Uint8Array(64), got) === -ERRNO.EAGAIN);
     process.kill(process.pid, 'SIGKILL');
     break;
   }

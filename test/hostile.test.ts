@@ -28,7 +28,7 @@ t.test('bad arguments to the objects', { jobs: 2 }, async (t) => {
         backend,
         type,
       );
-      t.ok(calls > times(6000, 30), `${calls} calls`);
+      t.ok(calls > times(6000, 60), `${calls} calls`);
       t.same(problems, []);
     });
   }

@@ -779,7 +779,7 @@ async function properties(): Promise<void> {
   }
 }
 
-for (const each of some(methods, 3)) {
+for (const each of some(methods, 6)) {
   tested = each;
   settle();
   await badArguments(each);

@@ -8,7 +8,7 @@ import { fileURLToPath } from 'node:url';
 type Lane = ChildProcessByStdio<Writable, Readable, null>;
 
 /** Milliseconds for one file. */
-const LIMIT = 600_000;
+const LIMIT = 1_200_000;
 const lane = fileURLToPath(new URL('inside_lane.js', import.meta.url));
 const files = process.argv.slice(2);
 const waiting = files.values();

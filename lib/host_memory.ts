@@ -407,7 +407,7 @@ function open(kernel: Kernel, kind: HostMemoryKind, path: string, hugePageSize: 
     return checked(kernel, fd, 'memfd_create');
   }
   if (kind === 'memfd') return checked(kernel, kernel.memfdCreate('guest-memory', MFD_CLOEXEC), 'memfd_create');
-  if (kind === 'file') return opened(kernel.open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0o600), path);
+  if (kind === 'file') return opened(kernel, kernel.open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0o600), path);
   const fd = kernel.memfdSecret(O_CLOEXEC);
   if (fd === -ERRNO.ENOSYS)
     throw KvmError.unsupported(
@@ -416,7 +416,8 @@ function open(kernel: Kernel, kind: HostMemoryKind, path: string, hugePageSize: 
   return checked(kernel, fd, 'memfd_secret');
 }
 
-function opened(fd: Result, path: string): number {
+function opened(kernel: Kernel, fd: Result, path: string): number {
+  if (fd === -ERRNO.EOPNOTSUPP) throw KvmError.unsupported(kernel.explain() ?? `${path} has no memory to map`);
   if (fd < 0)
     throw systemError(fd, { syscall: 'open', args: { path } }, `${path} cannot be opened for reading and writing`);
   return fd;

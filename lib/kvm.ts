@@ -171,7 +171,7 @@ export class Kvm extends Resource {
    * as long as it has to be kept (tmpfs: until the host restarts).
    *
    * @throws KvmError `EBUSY` another one writes to it, and this one was not asked to be `readOnly` · `EINVAL` it is on hugetlbfs, where only `data` can
-   *   be · `UNSUPPORTED` `data` is there, on the software kernel · `EACCES`, `ENOENT`, `ENOSPC` and others of the system calls behind it · `ERR_CLOSED`
+   *   be · `EACCES`, `ENOENT`, `ENOSPC` and others of the system calls behind it · `ERR_CLOSED`
    */
   openStore(path: string, given: StoreOptions = {}): GuestMemoryStore {
     return GuestMemoryStore.open(internal, this, this.#kernel, path, given, () => this.assertOpen());

@@ -172,7 +172,13 @@ await everywhere(
       }
     });
     if (backend.name !== 'kvm') {
-      refused(t, () => kvm.openStore(path, { data }), 'UNSUPPORTED', 'hugetlbfs');
+      using store = kvm.openStore(path, { data });
+      refused(
+        t,
+        () => store.create(backend.name.replaceAll(' ', '-'), { size: 2 * MiB }).hostMemory,
+        'UNSUPPORTED',
+        'hugetlbfs',
+      );
       return;
     }
     refused(t, () => kvm.openStore(data), 'EINVAL', 'hugetlbfs', '{ data:');

@@ -55,9 +55,6 @@ export interface StoredVm {
   readonly lost: readonly { readonly address: number; readonly size: number }[];
 }
 
-const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$/;
-const DRAFT = /^\.(?:new|gone|lock)-/;
-const SIZE_MAX = 2 ** 52;
 /** Where bytes go that are not beside their metadata. */
 interface DataFolder {
   readonly path: string;
@@ -65,6 +62,9 @@ interface DataFolder {
   readonly hugePageSize: number | null;
 }
 
+const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$/;
+const DRAFT = /^\.(?:new|gone|lock)-/;
+const SIZE_MAX = 2 ** 52;
 /** What a data file is called in a folder of its own: nothing else is ever removed there. */
 const ELSEWHERE = /^guest-memory-[0-9a-f]{12}$/;
 
@@ -98,7 +98,7 @@ export class GuestMemoryStore extends Resource {
     if (data !== undefined) text('data', data);
     assertOpen();
     const disk = new Disk(files);
-    const elsewhere = data === undefined ? null : dataFolder(disk, kvm, resolve(data));
+    const elsewhere = data === undefined ? null : dataFolder(disk, resolve(data));
     return disk.on(folder, () => {
       if (readOnly) {
         disk.fs.readdirSync(folder);
@@ -402,16 +402,12 @@ function elsewhereOf(fs: FileSystem, path: string): string | null {
   }
 }
 
-/** @throws KvmError `UNSUPPORTED`, `ENOENT` and others of the system calls behind it */
-function dataFolder(disk: Disk, kvm: Kvm, path: string): DataFolder {
+/** @throws KvmError `ENOENT` and others of the system calls behind it */
+function dataFolder(disk: Disk, path: string): DataFolder {
   const hugePageSize = disk.on(path, () => {
     disk.fs.readdirSync(path);
     return disk.hugePageSizeOf(path);
   });
-  if (hugePageSize && kvm.backend === 'software')
-    throw KvmError.unsupported(
-      `the software kernel copies what it writes into its files, and ${path} is on hugetlbfs, which has no write(2)`,
-    );
   return { path, hugePageSize };
 }
 

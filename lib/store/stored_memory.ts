@@ -85,7 +85,7 @@ export class StoredMemory extends Resource {
   /**
    * Its bytes, for memslots: what a guest writes there is in the file. Mapped at the first call.
    *
-   * @throws KvmError `EROFS` the store was opened with readOnly, or the memory is a snapshot · what mapping a file throws · `ERR_CLOSED`
+   * @throws KvmError `EROFS` the store was opened with readOnly, or the memory is a snapshot · `UNSUPPORTED` its bytes are on hugetlbfs, on the software kernel · what mapping a file throws · `ERR_CLOSED`
    * @see mmap(2) with MAP_SHARED
    */
   get hostMemory(): HostMemory {

@@ -1,5 +1,5 @@
 import fs from 'node:fs';
-import { ERRNO, type ErrnoName, O_CREAT, O_RDWR, O_WRONLY } from '../../uapi.ts';
+import { ERRNO, type ErrnoName, HUGETLBFS_MAGIC, O_CREAT, O_RDWR, O_WRONLY } from '../../uapi.ts';
 import type { Result } from '../kernel.ts';
 import { HostFile } from './host_file.ts';
 import { MemoryFile } from './memory_file.ts';
@@ -19,6 +19,11 @@ export class DiskFile extends MemoryFile {
     return attempt(() => {
       const fd = fs.openSync(path, (access ? readWrite : O_RDONLY) | (flags & O_CREAT ? create : 0), mode);
       try {
+        // There is no write(2) there, and what the model knows of a page is written.
+        if (fs.statfsSync(path).type === HUGETLBFS_MAGIC) {
+          fs.closeSync(fd);
+          return -ERRNO.EOPNOTSUPP;
+        }
         return new DiskFile(pageSize, new HostFile(fd, access !== 0), fs.fstatSync(fd), access !== 0);
       } catch (error) {
         fs.closeSync(fd);

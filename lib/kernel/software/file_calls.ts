@@ -2,6 +2,7 @@ import { hex } from '../../format.ts';
 import {
   EFD_SEMAPHORE,
   EPOLL_CTL_ADD,
+  ERRNO,
   F_ADD_SEALS,
   F_GET_SEALS,
   F_GETFD,
@@ -54,6 +55,11 @@ export abstract class FileCalls extends SoftwareProcess {
       return this.install(() => file, (flags & O_CLOEXEC) !== 0);
     }
     const file = DiskFile.open(this.pageSize, path, flags, i32('mode', mode));
+    if (file === -ERRNO.EOPNOTSUPP)
+      return this.refuse(
+        'EOPNOTSUPP',
+        `${path} is on hugetlbfs, which has no write(2), and the software kernel writes its files`,
+      );
     if (typeof file === 'number') return this.refuseErrno(-file, `${path} cannot be opened`);
     return this.install(() => file, (flags & O_CLOEXEC) !== 0);
   }

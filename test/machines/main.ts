@@ -78,9 +78,11 @@ async function main(): Promise<number> {
     if (problem) console.error(`the machine failed: ${problem}`);
     return status ?? 1;
   }
-  let failed = 0;
-  for (const machine of options.machines) if (!(await runSuite(machine, options.files, how))) failed++;
-  return failed > 0 ? 1 : 0;
+  // All of it last: the end of a long log is what is read, and kept.
+  const problems: string[] = [];
+  for (const machine of options.machines) problems.push(...(await runSuite(machine, options.files, how)));
+  for (const problem of problems) console.log(`\n${problem}`);
+  return problems.length > 0 ? 1 : 0;
 }
 
 try {

@@ -39,6 +39,11 @@ export function resultsOf(machine: Machine): string {
   return join(clone, '.tap/machines', machine.name);
 }
 
+/** What its kernel says. */
+export function consoleOf(machine: Machine): string {
+  return join(resultsOf(machine), 'console.log');
+}
+
 /**
  * Boots a machine and runs Node in it, in the clone: `args` are a script and its arguments, relative to the clone. The clone has to be
  * built. What the program writes into `.tap` is left in `resultsOf(machine)`.
@@ -76,7 +81,7 @@ export async function runInMachine(
   ].map((onData, index) => listen(join(sockets, String(index + 1)), onData));
   await Promise.all(ports.map(({ listening }) => listening));
 
-  const console = join(results, 'console.log');
+  const console = consoleOf(machine);
   const path = isHost ? clone : cloneInDebian;
   const append = [
     ...machine.kernel,
@@ -176,7 +181,7 @@ function commandFile(node: string, args: readonly string[], env: Readonly<Record
   return [
     `export PATH=${quoted(dirname(node))}:"$PATH"`,
     ...Object.entries(env).map(([name, value]) => `export ${name}=${quoted(value)}`),
-    `exec ${[node, ...args].map(quoted).join(' ')}`,
+    `exec ${[node, '--import', './dist/test/machines/first_vm.js', ...args].map(quoted).join(' ')}`,
     '',
   ].join('\n');
 }

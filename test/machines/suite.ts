@@ -1,11 +1,11 @@
-import { appendFileSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
+import { appendFileSync, mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { published, summary } from '../conformance/tally.ts';
 import { readTap } from '../tap_output.ts';
 import type { Machine } from './machines.ts';
 import { duration } from './progress.ts';
 import { clone } from './root.ts';
-import { type RunOptions, resultsOf, runInMachine } from './run.ts';
+import { consoleOf, type RunOptions, resultsOf, runInMachine } from './run.ts';
 
 /** These ask no kernel, or only print what others test: the host has run them. The rest leaves its software kernels out, see test/pace.ts. */
 const leftOut = [
@@ -23,9 +23,11 @@ const leftOut = [
 /** Long ones first: two run at a time. */
 const first = ['conformance/linux', 'lifecycle/load', 'lifecycle.test', 'hostile', 'agent'];
 const FAILURES_SHOWN = 40;
+/** What Linux says of a program or of itself that fell over. */
+const COMPLAINT = /unhandled|segfault|Oops|BUG:|WARNING:|Out of memory|oom-kill|Call trace|Unable to handle|rcu: INFO/;
 
-/** Runs the tests in a machine, and says how they went. False unless all of them held and the machine said so itself. */
-export async function runSuite(machine: Machine, only: readonly string[], options: RunOptions): Promise<boolean> {
+/** Runs the tests in a machine, and says how they went. Returns what failed, nothing if all held and the machine said so itself. */
+export async function runSuite(machine: Machine, only: readonly string[], options: RunOptions): Promise<string[]> {
   const results = resultsOf(machine);
   rmSync(results, { recursive: true, force: true });
   mkdirSync(results, { recursive: true });
@@ -47,19 +49,22 @@ export async function runSuite(machine: Machine, only: readonly string[], option
   });
 
   const { passed, failed, skipped, failures, files: ended } = readTap(tap);
-  for (const { title, diagnosis } of failures.slice(0, FAILURES_SHOWN)) console.log(`\nnot ok: ${title}\n${diagnosis}`);
   const problems = [
+    ...failures.slice(0, FAILURES_SHOWN).map(({ title, diagnosis }) => `not ok: ${title}\n${diagnosis}`),
     ...(problem ? [`the machine failed: ${problem}`] : []),
     ...(problem === undefined && status !== 0 && failed === 0 ? [`the tests ended with status ${status}`] : []),
     ...files.filter((file) => !ended.some((line) => line.includes(file))).map((file) => `${file} did not finish`),
     ...(skipped > 0 ? [`${skipped} skipped`] : []),
     ...(passed === 0 ? ['no test ran'] : []),
   ];
-  for (const each of problems) console.log(`FAIL: ${each}`);
   for (const tally of published('linux', results)?.tallies ?? []) console.log(summary(tally));
   const times = `booted in ${duration(boot)}, all in ${duration(total)}`;
   console.log(`${machine.name}: ${passed} passed, ${failed} failed, ${skipped} skipped (${times})`);
-  return failed === 0 && problems.length === 0;
+  if (problems.length === 0) return [];
+  const complaints = (options.keep ? '' : readFileSync(consoleOf(machine), 'utf8'))
+    .split('\n')
+    .filter((line) => COMPLAINT.test(line));
+  return [...problems, ...complaints.slice(-FAILURES_SHOWN)].map((text) => `${machine.name}: ${text}`);
 }
 
 function testFiles(): string[] {

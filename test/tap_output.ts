@@ -24,6 +24,8 @@ export function readTap(text: string): TapResults {
       open.push({ indent, subtest, failures: 0, assertions: 0 });
       return;
     }
+    // A process that died has not ended its subtests.
+    while ((open.at(-1)?.indent.length ?? 0) > indent.length) open.pop();
     const own = open.at(-1);
     const ends = own?.indent === indent && title.startsWith(own.subtest);
     if (ends) open.pop();

@@ -48,7 +48,7 @@ function run(running: Lane, file: string): Promise<{ tap: string; alive: boolean
         settle(true, tap.replace(/^(?:# Subtest: |ok \d+ - )end of file\b.*\n/gm, ''));
     };
     const onClose = (status: number | null, signal: string | null): void =>
-      settle(false, `${tap}\nnot ok - the process ended: ${signal ?? `status ${status}`}\n`);
+      settle(false, `${tap}\nnot ok 1 - the process ended: ${signal ?? `status ${status}`}\n`);
     const settle = (alive: boolean, text: string): void => {
       clearTimeout(timer);
       running.stdout.off('data', onData);

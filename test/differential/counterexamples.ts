@@ -218,4 +218,30 @@ export const counterexamples: readonly Counterexample[] = [
       { call: 'getDirtyLog', vm: 'vm0', slot: 0, bytes: 32 },
     ],
   },
+  {
+    found: '6.12.117 x86: a guest_memfd that no mmap(2) knows is ENODEV, before the flags are looked at',
+    answer: 'ENODEV',
+    model: { kernel: '6.11' },
+    program: [
+      { call: 'createVm', fd: 'kvm', type: 0 },
+      { call: 'createGuestMemfd', vm: 'vm0', size: 4, flags: 0 },
+      { call: 'mmap', fd: 'file0', length: 1, offset: 0, prot: 0, flags: 0x101 },
+    ],
+  },
+  {
+    found: '6.12.117 x86: there are no guard pages before 6.13',
+    answer: 'EINVAL',
+    model: { kernel: '6.11' },
+    program: [anonymous, { call: 'madvise', map: 0, from: 0, length: 0, advice: 102 }],
+  },
+  {
+    found: '6.12.117 x86: KVM has its files where programs may be executed, so that the one reason is ENODEV',
+    answer: 'ENODEV',
+    model: { kernel: '6.11' },
+    program: [
+      { call: 'createVm', fd: 'kvm', type: 0 },
+      { call: 'createGuestMemfd', vm: 'vm0', size: 4, flags: 0 },
+      { call: 'mmap', fd: 'file0', length: 1, offset: 0, prot: 4, flags: 1 },
+    ],
+  },
 ];

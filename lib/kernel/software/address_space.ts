@@ -35,12 +35,13 @@ import type { PageStore } from './page_store.ts';
 import { SecretFile } from './software_files.ts';
 
 /** Whether madvise(2) knows the advice at all. */
-export function isAdvice(advice: number): boolean {
+export function isAdvice(machine: Machine, advice: number): boolean {
   const inRange = (first: number, last: number): boolean => advice >= first && advice <= last;
   return (
     inRange(MADV_NORMAL, MADV_DONTNEED) ||
     inRange(MADV_FREE, MADV_COLLAPSE) ||
-    inRange(MADV_GUARD_INSTALL, MADV_GUARD_REMOVE)
+    // Linux 6.13.
+    (machine.since('6.18') && inRange(MADV_GUARD_INSTALL, MADV_GUARD_REMOVE))
   );
 }
 
@@ -190,7 +191,6 @@ export class AddressSpace {
       }
       case MADV_GUARD_INSTALL:
       case MADV_GUARD_REMOVE:
-        if (!this.#machine.since('6.18') && !anonymous) return -ERRNO.EINVAL;
         if (advice === MADV_GUARD_REMOVE) mapping.guards.delete(start, end);
         else {
           mapping.guards.set(start, unlocked, true);

@@ -102,15 +102,19 @@ export const mmapRules: readonly Rule<Machine, MmapRequest>[] = [
     return file instanceof MemoryFile && file.isForGuest && 'the file is sealed for a guest and cannot be mapped';
   }),
   // 8–11
-  // Files that lie on no disk are on file systems mounted noexec, those that cannot be mapped at all too.
-  rule('EPERM', 'noexec', (_machine, { prot, file }) => {
-    const plain = !file || file.kind === 'file' || file.kind === 'kvm';
+  // Files that lie on no disk are on file systems mounted noexec, those that cannot be mapped at all too; KVM's since Linux 6.16.
+  rule('EPERM', 'noexec', (machine, { prot, file }) => {
+    const ofKvm = file?.kind === 'vm' || file?.kind === 'vcpu' || file?.kind === 'gmem';
+    const plain = !file || file.kind === 'file' || file.kind === 'kvm' || (ofKvm && !machine.since('6.18'));
     return !plain && (prot & PROT_EXEC) !== 0 && 'this kind of file cannot be mapped executable';
   }),
   rule(
     'ENODEV',
     'not-mappable',
-    (_machine, r) => !anonymous(r) && !mappable.includes(r.file?.kind) && 'this kind of file cannot be mapped',
+    (machine, r) => {
+      const kinds = mappable.filter((kind) => kind !== 'gmem' || machine.since('6.18'));
+      return !anonymous(r) && !kinds.includes(r.file?.kind) && 'this kind of file cannot be mapped';
+    },
   ),
   rule('EINVAL', 'secret-private', (_machine, { flags, file }) => {
     return (

@@ -109,7 +109,8 @@ export class Vcpu extends Resource {
    *
    * @param range Guest physical addresses, page-aligned.
    * @throws KvmError `EOPNOTSUPP` without hardware paging · `ENOENT` no memslot at its start · `EFAULT` no page can be there · `EINVAL`
-   *   unaligned, or a kernel without the call · `ERR_CLOSED`
+   *   unaligned, or a kernel without the call · `EAGAIN` a memslot has moved or gone since the vCPU last ran, and before Linux 6.18 nothing can be
+   *   mapped until it runs again; it takes a second to say so · `EBUSY` it runs · `ERR_CLOSED`
    * @see KVM_PRE_FAULT_MEMORY, Linux 6.11, x86_64
    */
   preFaultMemory(range: GuestRange): { readonly remaining: GuestRange } {

@@ -612,9 +612,9 @@ function preFaultAll(vcpu: Vcpu, range: GuestRange): boolean {
       ({ remaining } = vcpu.preFaultMemory(remaining));
     } catch (error) {
       if (!(error instanceof KvmError)) throw error;
-      if (error.code === 'EOPNOTSUPP' || error.code === 'EBUSY') return false;
-      // A signal, or a slot that changed elsewhere: nothing was done, and it can be done again.
-      if (error.code !== 'EINTR' && error.code !== 'EAGAIN') throw error;
+      if (['EOPNOTSUPP', 'EBUSY', 'EAGAIN'].includes(error.code)) return false;
+      // A signal: nothing was done, and it can be done again.
+      if (error.code !== 'EINTR') throw error;
     }
   }
   return true;

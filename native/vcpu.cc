@@ -84,10 +84,11 @@ napi_value RunPage(Environment& environment) {
 // KVM_PRE_FAULT_MEMORY. command: [vcpu, gpa, size, flags]; then words: [gpa, size]
 int64_t PreFaultMemory(Environment& environment) {
   const Command& command = environment.command();
-  const Vcpu* vcpu = environment.FindVcpu(command.i32(0));
-  if (vcpu != nullptr && vcpu->busy()) return -EBUSY;
+  Vcpu* vcpu = environment.FindVcpu(command.i32(0));
   uapi::PreFaultMemory args = {command.u64(1), command.u64(2), command.u64(3), {}};
-  const int64_t result = Syscall(SYS_ioctl, command.i32(0), uapi::kPreFaultMemory, &args);
+  // Without a vCPU it is some other file, which has no such request.
+  const int64_t result = vcpu != nullptr ? vcpu->PreFault(environment, &args)
+                                         : Syscall(SYS_ioctl, command.i32(0), uapi::kPreFaultMemory, &args);
   command.Set(0, args.gpa);
   command.Set(1, args.size);
   return result;

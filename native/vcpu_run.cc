@@ -32,6 +32,9 @@ constexpr uint64_t kAgain = 10'000'000;
 // Nobody tells a thread inside a system call that it is to end, as a worker that is terminated, so it comes out to
 // look.
 constexpr uint64_t kSlice = 50'000'000;
+// Before Linux 6.18 a vCPU whose page tables are those of a memslot that has gone waits in KVM_PRE_FAULT_MEMORY for
+// ones that only KVM_RUN gives it.
+constexpr uint64_t kPreFault = 1'000'000'000;
 
 // When the sleeping thread looks next.
 std::atomic<uint64_t> next_look = kNever;
@@ -236,6 +239,27 @@ int64_t Vcpu::RunClaimed(pid_t thread, uint64_t deadline, uint64_t slice, const 
     if (!asked) *immediate_exit_ = 0;
   }
   if (result == -EINTR && (reasons & kKicked) == 0 && !asked && Now() >= deadline) result = -ETIME;
+  phase_.store(kIdle, std::memory_order_release);
+  return result;
+}
+
+int64_t Vcpu::PreFault(Environment& environment, uapi::PreFaultMemory* range) {
+  const int64_t refused = Claim();
+  if (refused < 0) return refused;
+  const bool asked = *immediate_exit_ != 0;
+  const uint64_t deadline = Now() + kPreFault;
+  thread_.store(environment.RunnerThread(), std::memory_order_relaxed);
+  deadline_.store(deadline, std::memory_order_relaxed);
+  phase_ = kRunning;
+  if (deadline < next_look) Watcher::Get().LookBy(deadline);
+
+  int64_t result = Syscall(SYS_ioctl, fd_, uapi::kPreFaultMemory, range);
+  Leave();
+
+  const bool expired = (reasons_.fetch_and(~uint32_t{kExpired}) & kExpired) != 0;
+  // A kick that came meanwhile is kept in reasons_ for the next run.
+  if (!asked) *immediate_exit_ = 0;
+  if (result == -EINTR && expired) result = -EAGAIN;
   phase_.store(kIdle, std::memory_order_release);
   return result;
 }

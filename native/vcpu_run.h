@@ -10,6 +10,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "uapi.h"
+
 class Environment;
 struct Mapping;
 
@@ -46,6 +48,8 @@ class Vcpu {
   int64_t Run(Environment& environment, uint64_t time);
   // The same on the vCPU's own thread, which passes the run to `ended`. 0 if it will.
   int64_t Start(AsyncRun* run, napi_threadsafe_function ended);
+  // KVM_PRE_FAULT_MEMORY on the thread of the environment; EAGAIN when in a second it mapped nothing. Kicks stay.
+  int64_t PreFault(Environment& environment, uapi::PreFaultMemory* range);
 
   // Ends the run in progress, or else the next one. The callers of these three take turns.
   int64_t Kick();

@@ -1,7 +1,7 @@
 // Runs of a vCPU as a program sees them: guests that go wrong, and what an exit costs.
 import t from 'tap';
 import { type Exit, MiB, type Vcpu } from '../lib/index.ts';
-import { backends, codeBackends, everywhere, type World } from './backends.ts';
+import { backends, codeBackends, errorOf, everywhere, type World } from './backends.ts';
 import { child } from './lifecycle/child_process.ts';
 import { onSoftware } from './pace.ts';
 
@@ -79,4 +79,34 @@ t.test('a loop of port I/O allocates nothing', async (t) => {
   const { code, output, errors } = await child('io_loop');
   t.equal(code, 0, errors);
   t.ok(Number(output) < 8, `${output.trim()} bytes an exit: the smallest object has 16`);
+});
+
+t.test('memory is mapped ahead, also when a memslot has gone', async (t) => {
+  await everywhere(
+    t,
+    'pre-fault',
+    (t, world) => {
+      // hlt, hlt
+      const vcpu = guest(world, [0xf4, 0xf4]);
+      const { vm, kvm, P } = world;
+      const range = { address: 0, size: 4 * P };
+      if (!vm.capabilities.preFaultMemory) {
+        t.ok(['EOPNOTSUPP', 'EINVAL'].includes(errorOf(() => vcpu.preFaultMemory(range)).code));
+        return;
+      }
+      const done = { remaining: { address: 4 * P, size: 0 } };
+      const other = vm.createMemslot({ address: 4 * MiB, size: P, hostMemory: kvm.createHostMemory({ size: P }) });
+      t.same(vcpu.preFaultMemory(range), done);
+      other.remove();
+      try {
+        t.same(vcpu.preFaultMemory(range), done);
+      } catch (error) {
+        t.match(error, { code: 'EAGAIN' }, 'a kernel before 6.18 has to run the guest first');
+        t.match(kvm.backend, 'kvm');
+      }
+      t.equal(vcpu.run({ timeout: 1000 }).reason, 'hlt');
+      t.same(vcpu.preFaultMemory(range), done);
+    },
+    withCode,
+  );
 });

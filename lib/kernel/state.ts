@@ -253,8 +253,12 @@ export class GuestMemfdFile extends OpenFile {
     if (!privatePages && !(flags & GUEST_MEMFD_FLAG_INIT_SHARED)) this.privatePages.set(0, this.pages, true);
   }
 
+  get machine(): Machine {
+    return this.vm.machine;
+  }
+
   get pages(): number {
-    return toPages(this.size, this.vm.machine.pageSize);
+    return toPages(this.size, this.machine.pageSize);
   }
 
   /** The parts of a range that a conversion changes. */

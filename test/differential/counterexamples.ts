@@ -244,4 +244,10 @@ export const counterexamples: readonly Counterexample[] = [
       { call: 'mmap', fd: 'file0', length: 1, offset: 0, prot: 4, flags: 1 },
     ],
   },
+  {
+    found: '6.12.117 x86: no file can WRITE_ZEROES before 6.17',
+    answer: 'EOPNOTSUPP',
+    model: { kernel: '6.11' },
+    program: [vm, { call: 'fallocate', fd: 'vm0', mode: 128, offset: 0, length: 1 }],
+  },
 ];

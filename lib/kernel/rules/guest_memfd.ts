@@ -91,17 +91,19 @@ const withKeepSize = FALLOC_FL_ZERO_RANGE | FALLOC_FL_PUNCH_HOLE | FALLOC_FL_UNS
 const MAX_FILE_SIZE = (1n << 63n) - 1n;
 
 /** What the VFS checks before any file system sees the call. Contract §9, 2–4. */
-export const vfsFallocateRules: readonly Rule<unknown, FallocateRequest>[] = [
-  rule('EINVAL', 'fallocate-range', (_file, { offset, length }) => {
+export const vfsFallocateRules: readonly Rule<{ readonly machine: Machine }, FallocateRequest>[] = [
+  rule('EINVAL', 'fallocate-range', (_kernel, { offset, length }) => {
     return (
       (isNegative(offset) || isNegative(length) || isZero(length)) && `range ${offset}, +${length} is negative or empty`
     );
   }),
-  rule('EOPNOTSUPP', 'fallocate-mode', (_file, { mode }) => {
-    const operation = mode & allOperations;
+  rule('EOPNOTSUPP', 'fallocate-mode', ({ machine }, { mode }) => {
+    // Linux 6.17.
+    const unknown = machine.since('6.18') ? 0 : FALLOC_FL_WRITE_ZEROES;
+    const operation = mode & allOperations & ~unknown;
     const keep = mode & FALLOC_FL_KEEP_SIZE;
     const wrong =
-      (mode & ~(allOperations | FALLOC_FL_KEEP_SIZE)) !== 0 ||
+      (mode & (unknown | ~(allOperations | FALLOC_FL_KEEP_SIZE))) !== 0 ||
       (operation !== 0 && !operations.includes(operation)) ||
       (operation === FALLOC_FL_PUNCH_HOLE && !keep) ||
       (keep !== 0 && operation !== 0 && !(operation & withKeepSize));

@@ -77,7 +77,7 @@ export abstract class FileCalls extends SoftwareProcess {
       file.store.allocate(start, end);
       return 0;
     }
-    const refused = this.check(vfsFallocateRules, file, request);
+    const refused = this.check(vfsFallocateRules, { machine: this.machine }, request);
     if (refused !== null) return refused;
     if (file instanceof StatsFile) return this.refuse('EBADF', 'statistics can only be read');
     if (file instanceof SecretFile)

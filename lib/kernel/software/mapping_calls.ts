@@ -81,7 +81,8 @@ export abstract class MappingCalls extends SocketCalls {
 
   madvise(mapping: number, offset: U64, length: U64, advice: number): Result {
     const wanted = i32('advice', advice);
-    const wrong = !isAdvice(this.machine, wanted) && `advice ${wanted} is unknown, or would poison memory of the machine`;
+    const wrong =
+      !isAdvice(this.machine, wanted) && `advice ${wanted} is unknown, or would poison memory of the machine`;
     const call: RangeCall = (found, start, end) => this.memory.advise(found, start, end, wanted);
     return this.#range(mapping, offset, length, call, { wrong });
   }

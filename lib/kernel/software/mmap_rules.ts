@@ -108,14 +108,10 @@ export const mmapRules: readonly Rule<Machine, MmapRequest>[] = [
     const plain = !file || file.kind === 'file' || file.kind === 'kvm' || (ofKvm && !machine.since('6.18'));
     return !plain && (prot & PROT_EXEC) !== 0 && 'this kind of file cannot be mapped executable';
   }),
-  rule(
-    'ENODEV',
-    'not-mappable',
-    (machine, r) => {
-      const kinds = mappable.filter((kind) => kind !== 'gmem' || machine.since('6.18'));
-      return !anonymous(r) && !kinds.includes(r.file?.kind) && 'this kind of file cannot be mapped';
-    },
-  ),
+  rule('ENODEV', 'not-mappable', (machine, r) => {
+    const kinds = mappable.filter((kind) => kind !== 'gmem' || machine.since('6.18'));
+    return !anonymous(r) && !kinds.includes(r.file?.kind) && 'this kind of file cannot be mapped';
+  }),
   rule('EINVAL', 'secret-private', (_machine, { flags, file }) => {
     return (
       file?.kind === 'secret' && (flags & MAP_TYPE) === MAP_PRIVATE && 'secret memory can only be mapped MAP_SHARED'

@@ -108,6 +108,8 @@ export class VmFile extends OpenFile {
   firstRun: ReadonlySet<number> | null = null;
   /** Pages of its locked slots. */
   lockedPages = 0;
+  /** Whether there has ever been one: KVM sets pages aside for its own page tables by the slots that come and go. */
+  hadSlots = false;
   readonly #slots: readonly Map<number, MemslotState>[];
   readonly #gfns: readonly RangeMap<MemslotState>[];
 
@@ -192,6 +194,7 @@ export class VmFile extends OpenFile {
       locked: 0,
       mapped: null,
     };
+    this.hadSlots = true;
     slots.set(request.id, slot);
     gfns.set(baseGfn, baseGfn + pages, slot);
     guestMemfd?.bindings.set(slot.pgoff, slot.pgoff + pages, slot);

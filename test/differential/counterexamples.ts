@@ -250,4 +250,10 @@ export const counterexamples: readonly Counterexample[] = [
     model: { kernel: '6.11' },
     program: [vm, { call: 'fallocate', fd: 'vm0', mode: 128, offset: 0, length: 1 }],
   },
+  {
+    found: '6.18.44 without hardware paging: a VM that never had a memslot has no room for page tables',
+    answer: '[ENOSPC, 0, 4096]',
+    model: { kernel: '6.18', tdp: false },
+    program: [vm, vcpu, { call: 'preFaultMemory', vcpu: 'vcpu0', gpa: 0, size: 1, flags: 0 }],
+  },
 ];

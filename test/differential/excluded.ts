@@ -25,6 +25,8 @@ const SLOT_MAX = 1 << 16;
 const ATTRIBUTES_MAX = 1 << 12;
 const ALLOCATE_MAX = 256;
 const MAP_MAX = 256;
+/** Where virtual addresses end, with page tables of four levels. */
+const CANONICAL = 2 ** 47;
 /** Where the guest agent of test/conformance/guest.ts lives, and its doorbell. */
 const AGENT_SLOT = 31;
 const AGENT_FROM = 511 * MiB;
@@ -137,6 +139,8 @@ function excludedAccess(
   if (vm.unfit) return vm.unfit;
   // Its memory is out of the host's reach, so there is no mailbox. Contract §17.1.
   if (kernel.arch === 'aarch64' && BigInt(vm.type) >= 1n << 31n) return 'a guest in a protected VM';
+  if (kernel.arch === 'x86_64' && step.page * mirror.facts.page >= CANONICAL)
+    return 'an address that no identity map has';
   if (meetsAgent(step.page * mirror.facts.page, mirror.facts.page)) return 'the memory of the guest agent';
   if (!vm.hasAgent && [...vm.slots.values()].some((slot) => slot.id === AGENT_SLOT || meetsAgent(slot.gpa, slot.size)))
     return 'the memory of the guest agent';

@@ -155,6 +155,8 @@ export abstract class VcpuCalls extends MappingCalls {
     const whole = isAligned(request.gpa, this.pageSize) && isAligned(request.size, this.pageSize);
     if (!whole || isZero(request.size) || wraps(request.gpa, request.size))
       return this.refuse('EINVAL', 'the range is not made of whole pages');
+    if (!machine.tdp && !cpu.vm.hadSlots)
+      return this.refuse('ENOSPC', 'a VM without memslots has no room for page tables');
     if (!machine.tdp) return this.refuse('EOPNOTSUPP', 'the host has no hardware paging for guests');
     const bus = new SoftwareBus(cpu.vm, this.memory);
     const pages = toPages(request.size, this.pageSize);

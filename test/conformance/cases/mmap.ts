@@ -93,12 +93,19 @@ export const mmap = section('mmap', [
     expect: ['ENODEV', 'ENODEV', 'ENODEV', 'ENODEV'],
   }),
   scenario(78, 'without MMAP, PROT_EXEC is EPERM all the same', {
+    needs: [since('6.18')],
     given: gmem(0),
     when: (s, file) => [
       s.mmap(file, { prot: PROT_EXEC }),
       s.mmap(file, { prot: PROT_READ | PROT_EXEC, flags: MAP_PRIVATE }),
     ],
     expect: ['EPERM', 'EPERM'],
+  }),
+  scenario('78 before', 'before 6.18 PROT_EXEC is ENODEV as everything else', {
+    needs: [before('6.18')],
+    given: gmem(0),
+    when: (s, file) => s.mmap(file, { prot: PROT_EXEC }),
+    expect: 'ENODEV',
   }),
   scenario(79, 'INIT_SHARED alone cannot be mapped', {
     needs: [shareable],

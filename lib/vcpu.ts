@@ -108,9 +108,10 @@ export class Vcpu extends Resource {
    * Maps guest memory before the guest touches it. A part that cannot be is left: call again with `remaining`, until its size is 0.
    *
    * @param range Guest physical addresses, page-aligned.
-   * @throws KvmError `EOPNOTSUPP` without hardware paging · `ENOENT` no memslot at its start · `EFAULT` no page can be there · `EINVAL`
-   *   unaligned, or a kernel without the call · `EAGAIN` a memslot has moved or gone since the vCPU last ran, and before Linux 6.18 nothing can be
-   *   mapped until it runs again; it takes a second to say so · `EBUSY` it runs · `ERR_CLOSED`
+   * @throws KvmError `EOPNOTSUPP` without hardware paging, `ENOSPC` before the first memslot · `ENOENT` no memslot at its start · `EFAULT` no
+   *   page can be there · `EINVAL` unaligned, or a kernel without the call · `EINTR` a kick, which also ends the next run, or a signal ·
+   *   `EAGAIN` a memslot is changing; before Linux 6.18 also: one has moved or gone since the vCPU last ran, nothing can be mapped until it
+   *   runs again, and it takes a second to say so · `EBUSY` it runs · `ERR_CLOSED`
    * @see KVM_PRE_FAULT_MEMORY, Linux 6.11, x86_64
    */
   preFaultMemory(range: GuestRange): { readonly remaining: GuestRange } {

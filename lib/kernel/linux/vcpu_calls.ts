@@ -107,8 +107,8 @@ export abstract class VcpuCalls extends LinuxCalls {
     const [gpa, size, flags] = [u64('gpa', args.gpa), u64('size', args.size), u64('flags', args.flags)];
     this.command.i32(0, this.own(vcpu)).u64(1, gpa).u64(2, size).u64(3, flags);
     const result = this.native.preFaultMemory();
-    args.gpa = result === -ERRNO.EBUSY ? BigInt(gpa) : this.command.result(0);
-    args.size = result === -ERRNO.EBUSY ? BigInt(size) : this.command.result(1);
+    args.gpa = this.command.result(0);
+    args.size = this.command.result(1);
     return this.answer(result);
   }
 

@@ -167,6 +167,8 @@ export class ExitDecoder {
     const view = this.#view;
     const number = view.getBigUint64(32, true);
     const reply = (value: bigint): void => view.setBigInt64(88, BigInt.asIntN(64, value), true);
+    // Before about Linux 6.14 it still is what the last one was answered.
+    reply(0n);
     const args = this.#words(40, 6);
     if (number !== KVM_HC_MAP_GPA_RANGE) return { reason: 'hypercall', number, args, reply };
     const [gpa = 0n, pages = 0n, attributes = 0n] = args;

@@ -31,7 +31,8 @@ export async function runSuite(machine: Machine, only: readonly string[], option
   const results = resultsOf(machine);
   rmSync(results, { recursive: true, force: true });
   mkdirSync(results, { recursive: true });
-  const files = testFiles().filter((file) => only.length === 0 || only.some((text) => file.includes(text)));
+  const wanted = only.length > 0 ? only : (machine.files ?? ['']);
+  const files = testFiles().filter((file) => wanted.some((text) => file.includes(text)));
   console.log(`\n${machine.name}: ${machine.what}, ${files.length} test files`);
 
   const output = join(results, 'results.tap');

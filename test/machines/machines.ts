@@ -24,12 +24,14 @@ const x86 = {
   kernel: ['console=ttyS0', 'kvm_amd.npt=1'],
 } as const;
 
+const arm64Board = ['-M', 'virt,virtualization=on,gic-version=3', '-m', '3072'] as const;
+
 const arm64 = {
   arch: 'aarch64',
   series: 'newest',
   root: 'debian',
   // Pointer authentication as the architecture has it takes a third of the time under TCG.
-  qemu: ['-M', 'virt,virtualization=on,gic-version=3', '-cpu', 'max,pauth-impdef=on', '-m', '3072'],
+  qemu: [...arm64Board, '-cpu', 'max,pauth-impdef=on'],
   kernel: ['console=ttyAMA0'],
 } as const;
 
@@ -39,6 +41,8 @@ export const machines: readonly Machine[] = [
   {
     ...arm64,
     name: 'pkvm',
+    // Protected KVM gives each VM all address bits of the CPU and walks them at its end: 0.3 s with 48, 1 ms with this one's 40.
+    qemu: [...arm64Board, '-cpu', 'cortex-a53'],
     kernel: [...arm64.kernel, 'kvm-arm.mode=protected'],
     always: true,
     what: 'arm64 with protected KVM',

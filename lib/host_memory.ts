@@ -107,6 +107,8 @@ export class HostMemory extends Resource {
   #frozen: string | null = null;
   /** What brings its pages; stays when it has failed. */
   #paging: Paging | null = null;
+  /** A protected guest may have pages of it, for as long as anybody has a file of its VM. */
+  #isTaken = false;
   readonly #slots = new Set<Memslot>();
   /** What locked slots keep in memory. */
   readonly #locked = new Holds<Memslot>();
@@ -178,10 +180,12 @@ export class HostMemory extends Resource {
 
   /**
    * A live view: what is written here is in the guest's memory at once. It is detached (length 0) by close(), and, on the software kernel,
-   * also when a `vm.memory.view()` of the same memory is.
+   * also when a `vm.memory.view()` of the same memory is. A memslot of a protected VM detaches all views of its memory, and there are none
+   * from then on: a touch of what such a guest has is SIGSEGV. Use `vm.memory.read()` and `write()`, which say `EFAULT`.
    *
    * @param range Bytes, at most 4 GiB; all of it when omitted.
-   * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `EBUSY` a pager brings its pages · `EIO` that failed · `ERR_CLOSED`
+   * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `EBUSY` a pager brings its pages, or a protected VM has had it · `EIO` the pager failed ·
+   *   `ERR_CLOSED`
    */
   bytes(range?: FileRange): Uint8Array {
     const { offset, size } = fileRange('range', range, this.size);
@@ -283,6 +287,11 @@ export class HostMemory extends Resource {
         paged.count += Number(paging !== null) - Number(this.#paging !== null);
         this.#paging = paging;
       },
+      /** For a protected VM: no view remains, and there will be none. */
+      takeFromHost: () => {
+        this.#isTaken = true;
+        this.#kernel.releaseWindows(this.#mapping);
+      },
       assertViewable: () => this.#assertViewable(),
       slots: this.#slots,
       shown: this.#shown,
@@ -302,6 +311,13 @@ export class HostMemory extends Resource {
   }
 
   #assertViewable(): void {
+    if (this.#isTaken)
+      throw new KvmError({
+        code: 'EBUSY',
+        errno: -ERRNO.EBUSY,
+        message:
+          'a protected VM has had it, whose pages end a process that touches them in a view: read and write through vm.memory (EBUSY)',
+      });
     if (!this.#paging) return;
     const failure = this.#paging.failure();
     if (failure) throw failure.error;

@@ -141,6 +141,7 @@ export class Memslot implements Disposable {
     }
     this.#userspaceAddr = isNew ? userspaceAddr(owner.kernel, placement) : 0n;
     if (isNew) this.#setRegion(placement.address, placement.size, placement.logDirtyPages);
+    if (owner.vm.type === 'protected') placement.hostMemory?.backing.takeFromHost();
     owner.slots.set(this.slot, this);
     placement.hostMemory?.backing.slots.add(this);
     this.#shown = placement.hostMemory?.backing.shown.add(

@@ -17,8 +17,13 @@ constexpr size_t kTransfer = size_t{1} << 30;
 // What fits a pipe of default size, so that a write never blocks.
 constexpr size_t kPipe = size_t{1} << 16;
 
+#if defined(__aarch64__)
+// The kernel, asked for the bytes of a page that a protected guest has, takes the page from the guest and clears it.
+constexpr size_t kDirect = 0;
+#else
 // From here on touching the memory is faster than asking the kernel, the questions before it included.
 constexpr size_t kDirect = size_t{1} << 12;
+#endif
 
 size_t ToPageEnd(const uint8_t* address) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -87,13 +92,14 @@ int64_t KernelCopy(Environment& environment, uint8_t* target, const uint8_t* sou
 }
 
 int64_t CopyApart(Environment& environment, uint8_t* target, const uint8_t* source, size_t size) {
-  size_t done = size < kDirect ? 0 : DirectCopy(target, source, size);
-  if (done == size) return static_cast<int64_t>(size);
-  const int64_t copied = KernelCopy(environment, target + done, source + done, size - done);
-  if (copied > 0) done += static_cast<size_t>(copied);
-  // The kernel does not reach secret memory for anybody; its process does.
-  if (copied == -EFAULT && size < kDirect) done = DirectCopy(target, source, size);
-  return done > 0 ? static_cast<int64_t>(done) : copied;
+  if (size < kDirect) {
+    const int64_t copied = KernelCopy(environment, target, source, size);
+    // The kernel does not reach secret memory for anybody; its process does.
+    if (copied != -EFAULT) return copied;
+  }
+  const std::optional<size_t> done = DirectCopy(target, source, size);
+  if (!done) return KernelCopy(environment, target, source, size);
+  return *done > 0 || size == 0 ? static_cast<int64_t>(*done) : -EFAULT;
 }
 
 bool Overlap(const uint8_t* a, const uint8_t* b, size_t size) {

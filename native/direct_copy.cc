@@ -171,9 +171,9 @@ bool CanCatch() {
 
 }  // namespace
 
-size_t DirectCopy(uint8_t* target, const uint8_t* source, size_t size) {
+std::optional<size_t> DirectCopy(uint8_t* target, const uint8_t* source, size_t size) {
   constexpr size_t kLessThanABlock = 63;
-  if (!CanCatch()) return 0;
+  if (!CanCatch()) return std::nullopt;
   const size_t done = size - guest_memfd_copy(target, source, size);
   // What comes before the fault in the block that had it.
   const size_t rest = std::min(size - done, kLessThanABlock);

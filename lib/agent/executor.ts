@@ -1,9 +1,10 @@
 import type { Access, Executor, ExecutorFactory, GuestBus, Stop } from '../kernel/software/executor.ts';
+import { MEM_SHARE, protectedCall } from '../kernel/software/protected_calls.ts';
 import type { SoftwareVcpu } from '../kernel/software/vcpu.ts';
 import type { Arch } from '../model_options.ts';
 import { ERRNO, KiB, KVM_GET_REGS, KVM_REGS, MiB } from '../uapi.ts';
 import { DESCRIPTORS } from './page_tables.ts';
-import { agentCode, BUFFER_SIZE, COMMAND, DOORBELL, LAYOUT, MAILBOX, PORT } from './protocol.ts';
+import { AGENT_SIZE, agentCode, BUFFER_SIZE, COMMAND, DOORBELL, LAYOUT, MAILBOX, PORT } from './protocol.ts';
 
 const CODE_PAGE = 4 * KiB;
 const RIP = 8 * KVM_REGS.indexOf('rip');
@@ -17,6 +18,8 @@ const KVM_SYSTEM_EVENT_SHUTDOWN = 1;
 const MASK_64 = (1n << 64n) - 1n;
 /** ESR_EL1 of a translation fault of EL1's own data access, but for the level of the table, in bits 1:0. */
 const TRANSLATION_FAULT = 0x9600_0004;
+/** The same of an abort that comes from outside. */
+const EXTERNAL_ABORT = 0x9600_0010;
 
 type Answer = Uint8Array | bigint | null;
 /** A piece of guest code: it yields when it cannot go on without the host, and gets the host's answer. */
@@ -50,12 +53,12 @@ function programCounter(vcpu: SoftwareVcpu): bigint {
 /** An exception that the guest takes at an address. */
 class GuestException {
   readonly address: number;
-  /** Of the page tables, where it was found. */
-  readonly level: number;
+  /** arm64: what ESR_EL1 says. */
+  readonly syndrome: number;
 
-  constructor(address: number, level: number) {
+  constructor(address: number, syndrome: number) {
     this.address = address;
-    this.level = level;
+    this.syndrome = syndrome;
   }
 }
 
@@ -87,7 +90,10 @@ class AgentExecutor implements Executor {
 
   *#loop(resumed: boolean): Steps<never> {
     let doorbell: number | null = resumed ? null : DOORBELL.ready;
+    let starts = !resumed && this.#arch === 'aarch64';
     for (;;) {
+      if (starts) yield* this.#share();
+      starts = false;
       if (doorbell !== null) yield* this.#ring(doorbell);
       doorbell = DOORBELL.ready;
       try {
@@ -97,6 +103,28 @@ class AgentExecutor implements Executor {
         yield* this.#exception(thrown);
         doorbell = DOORBELL.exception;
       }
+    }
+  }
+
+  /** What the agent does before anything else. */
+  *#share(): Steps<void> {
+    yield* this.#fetch();
+    const pageSize = Number(yield* this.#word(MAILBOX.share));
+    if (pageSize === 0) return;
+    for (let offset = 0; offset < AGENT_SIZE; offset += pageSize)
+      yield* this.#firmware(MEM_SHARE, [BigInt(this.#agent + offset), 0n, 0n]);
+  }
+
+  /** HVC, tried again after each exit that it needs first. */
+  *#firmware(number: bigint, args: readonly bigint[]): Steps<bigint> {
+    for (;;) {
+      yield* this.#alive();
+      const answer = protectedCall(this.#vcpu.vm, this.#busy, number, args);
+      if (answer === null) return KVM_EPERM & MASK_64;
+      if (typeof answer === 'bigint') return answer & MASK_64;
+      // It cannot be answered like an access: KVM does not know which instruction it was.
+      if (answer.kind === 'mmio') throw new GuestException(0, EXTERNAL_ABORT);
+      yield answer;
     }
   }
 
@@ -223,7 +251,7 @@ class AgentExecutor implements Executor {
     if (this.#arch === 'aarch64') {
       if (BigInt.asUintN(32, number) === PSCI_SYSTEM_OFF)
         yield { kind: 'system-event', type: KVM_SYSTEM_EVENT_SHUTDOWN };
-      return KVM_EPERM & MASK_64;
+      return yield* this.#firmware(number, args);
     }
     // Where guest code is emulated, the instruction is tried for ever.
     if (!vm.machine.tdp) for (;;) yield* this.#alive();
@@ -236,9 +264,9 @@ class AgentExecutor implements Executor {
     return typeof answer === 'bigint' ? answer : 0n;
   }
 
-  *#exception({ address, level }: GuestException): Steps<void> {
+  *#exception({ address, syndrome }: GuestException): Steps<void> {
     if (this.#arch === 'x86_64') for (;;) yield { kind: 'shutdown' };
-    yield* this.#store64(MAILBOX.result, BigInt(TRANSLATION_FAULT + level));
+    yield* this.#store64(MAILBOX.result, BigInt(syndrome));
     yield* this.#store64(MAILBOX.args, BigInt(address));
     yield* this.#store64(MAILBOX.command, 0n);
   }
@@ -336,10 +364,10 @@ class AgentExecutor implements Executor {
       const index = Number((BigInt(at) >> shift) & 511n);
       const bytes = yield* this.#access(Number(table) + 8 * index, new Uint8Array(8), false, false, false);
       const entry = new DataView(bytes.buffer, bytes.byteOffset).getBigUint64(0, true);
-      if (!(entry & valid) || isTable(entry) !== shift > 21n) throw new GuestException(at, level);
+      if (!(entry & valid) || isTable(entry) !== shift > 21n) throw new GuestException(at, TRANSLATION_FAULT + level);
       table = entry & 0x000f_ffff_ffff_f000n;
     }
-    if (Number(table) !== block * 2 * MiB) throw new GuestException(at, 2);
+    if (Number(table) !== block * 2 * MiB) throw new GuestException(at, TRANSLATION_FAULT + 2);
     this.#mapped.add(block);
   }
 

@@ -418,6 +418,7 @@ export class GuestAgent implements Disposable {
     set(MAILBOX.tables, BigInt(this.#tables.root));
     set(MAILBOX.vmmcall, this.#vmmcall);
     set(MAILBOX.doorbell, BigInt(this.#doorbell));
+    set(MAILBOX.share, this.#vm.type === 'protected' ? BigInt(this.#vm.kvm.pageSize) : 0n);
     this.#vm.memory.write(this.address + LAYOUT.mailbox, new Uint8Array(words.buffer));
   }
 

@@ -43,7 +43,9 @@ export const MAILBOX = {
   vmmcall: 0x50,
   /** arm64: where to ring, an address that has no memory. */
   doorbell: 0x58,
-  end: 0x60,
+  /** arm64: bytes of a page, for an agent that has to share its memory with the host, as a guest of a protected VM has to; 0 otherwise. */
+  share: 0x60,
+  end: 0x68,
 } as const;
 
 export const COMMAND = {

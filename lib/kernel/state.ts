@@ -110,6 +110,8 @@ export class VmFile extends OpenFile {
   lockedPages = 0;
   /** Whether there has ever been one: KVM sets pages aside for its own page tables by the slots that come and go. */
   hadSlots = false;
+  /** What is done when nobody has the VM any more. */
+  readonly atEnd: (() => void)[] = [];
   readonly #slots: readonly Map<number, MemslotState>[];
   readonly #gfns: readonly RangeMap<MemslotState>[];
 
@@ -209,6 +211,7 @@ export class VmFile extends OpenFile {
 
   protected override released(): void {
     this.lockedPages = 0;
+    for (const action of this.atEnd) action();
   }
 
   #newDirtyLog(flags: number, pages: number): RangeMap<true> | null {

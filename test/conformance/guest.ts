@@ -71,6 +71,8 @@ export class Guest {
   readonly #vmmcall: bigint;
   readonly #run: DataView;
   readonly #hasAgent: boolean;
+  /** Bytes of a page that the agent shares with the host, where the VM is a protected one: it alone has no read-only memory. */
+  readonly #share: number;
   /** The agent is behind its doorbell. */
   #waiting = false;
   /** What the command in progress is to answer. */
@@ -97,6 +99,7 @@ export class Guest {
     };
     initialise(kernel, vm, this.vcpu);
     this.#vmmcall = usesVmmcall(kernel) ? 1n : 0n;
+    this.#share = s.cap(vm, 'READONLY_MEM') === 0 ? s.P : 0;
     this.#poke(LAYOUT.code, code ? Uint8Array.from(code) : bytes);
     this.#poke(LAYOUT.descriptors, new Uint8Array(gdt.buffer));
     const pool = { address: HOME + LAYOUT.tables, pages: TABLE_PAGES };
@@ -208,6 +211,7 @@ export class Guest {
     set(MAILBOX.tables, BigInt(this.#tables.root));
     set(MAILBOX.vmmcall, this.#vmmcall);
     set(MAILBOX.doorbell, BigInt(DOORBELL_AT));
+    set(MAILBOX.share, BigInt(this.#share));
     this.#poke(LAYOUT.mailbox, new Uint8Array(words.buffer));
   }
 

@@ -90,10 +90,5 @@ export const machineCode = need(
   (s) => s.kernel.name === 'linux' && s.kernel.arch === 'x86_64',
 );
 export const mmioCache = need('the model remembers no MMIO', (s) => s.kernel.name === 'linux');
-/** And one that only a model meets: it takes no memory from the host for a protected guest, so the agent's mailbox works. */
-export const reachable = need(
-  'a protected guest’s memory is out of reach, also the agent’s mailbox',
-  (s) => s.kernel.name === 'software',
-);
 /** What no model can have. */
 export const needRealKernel: readonly Need[] = [realMemory, separateWindows, machineCode, mmioCache];

@@ -2,11 +2,15 @@ import { RangeMap } from '../../ranges.ts';
 import { ERRNO, KVM_MEM_READONLY, PROT_READ, PROT_WRITE } from '../../uapi.ts';
 import type { MemslotState, VmFile } from '../state.ts';
 import type { AddressSpace } from './address_space.ts';
+import { DiskFile } from './disk_file.ts';
 import type { Access, GuestBus } from './executor.ts';
+import { ProtectedPages, type TakenPages } from './protected_pages.ts';
 import { SoftwareGuestMemfd } from './software_files.ts';
 import { type Place, Stage2 } from './stage2.ts';
 
 const OK: Access = { kind: 'ok' };
+/** kvm_run says nothing of it. */
+const unexplained = (errno: number): Access => ({ kind: 'fault', errno, fault: null });
 
 /** Which memory an access by a guest's CPU reaches. Contract §13.3; the same words as there. */
 export class SoftwareBus implements GuestBus {
@@ -63,8 +67,7 @@ export class SoftwareBus implements GuestBus {
       const access = write && slot.flags & KVM_MEM_READONLY ? null : this.#fromHost(slot, gpa, bytes, write);
       return access?.kind === 'ok' ? access : { kind: 'mmio', gpa };
     }
-    // A protected VM has no use for the file, and its memory is the host's until the guest takes it. Contract §17.1.
-    if (this.#vm.isProtected && !this.#vm.convertsInPlace) return this.#fromHost(slot, gpa, bytes, write);
+    if (this.#vm.isProtected && !this.#vm.convertsInPlace) return this.#fromTaken(slot, gpa, bytes, write);
     if (secret || slot.gmemOnly) return this.#fromFile(slot, gpa, secret, bytes, write);
     if (write && slot.flags & KVM_MEM_READONLY) return { kind: 'mmio', gpa };
     return this.#fromHost(slot, gpa, bytes, write);
@@ -95,12 +98,12 @@ export class SoftwareBus implements GuestBus {
     const { pageSize } = this.#vm.machine;
     const inSlot = gpa - slot.baseGfn * pageSize;
     const found = this.#memory.find(BigInt(slot.userspaceAddr) + BigInt(inSlot));
-    const unreachable: Access = { kind: 'fault', errno: ERRNO.EFAULT, fault: null };
+    const unreachable = unexplained(ERRNO.EFAULT);
     if (!found) return unreachable;
-    if (this.#vm.isProtected && found.mapping.gmem) return { kind: 'fault', errno: ERRNO.EIO, fault: null };
     const page = Math.floor(found.offset / pageSize);
     // The kernel maps a page of a writable slot writable where it can, and a read of a page without write permission still works.
-    const needed = (write ? PROT_WRITE : PROT_READ) | (this.#vm.isProtected ? PROT_WRITE : 0);
+    const needed = write ? PROT_WRITE : PROT_READ;
+    if (found.mapping.store.taken.get(found.mapping.pgoff + page)) return unexplained(ERRNO.EPERM);
     if (!found.mapping.permits(page, needed) || found.mapping.accessible(page, page + 1, needed) === 0)
       return unreachable;
     const index = Math.floor(inSlot / pageSize);
@@ -129,6 +132,38 @@ export class SoftwareBus implements GuestBus {
     // What the host has not touched is a page of zeros that all share: the host's first write takes it away from the guest.
     if (this.#memory.isPresent(mapping, page)) slot.mapped.set(index, index + 1, true);
     return OK;
+  }
+
+  /** A protected guest has no use for a file. It takes the host's memory page by page, and keeps it, whatever the host does. Contract §17.1. */
+  #fromTaken(slot: MemslotState, gpa: number, bytes: Uint8Array, write: boolean): Access {
+    const { pageSize } = this.#vm.machine;
+    const gfn = Math.floor(gpa / pageSize);
+    const taken = ProtectedPages.of(this.#vm).at(gfn) ?? this.#take(slot, gfn);
+    if ('kind' in taken) return taken;
+    if (taken.hold === 'lost') return unexplained(ERRNO.EFAULT);
+    const offset = gpa + taken.shift * pageSize;
+    if (write) taken.store.write(offset, bytes);
+    else taken.store.read(offset, bytes);
+    return OK;
+  }
+
+  #take(slot: MemslotState, gfn: number): TakenPages | Access {
+    const { pageSize } = this.#vm.machine;
+    const found = this.#memory.find(BigInt(slot.userspaceAddr) + BigInt((gfn - slot.baseGfn) * pageSize));
+    if (!this.#memory.mayLock(1)) return unexplained(ERRNO.ENOMEM);
+    if (!found) return unexplained(ERRNO.EFAULT);
+    const { mapping, offset } = found;
+    const page = Math.floor(offset / pageSize);
+    // It is pinned for writing, whatever the guest wants of it.
+    if (!mapping.permits(page, PROT_WRITE)) return unexplained(ERRNO.EFAULT);
+    const place = mapping.pgoff + page;
+    if (mapping.store.taken.get(place)) return unexplained(ERRNO.EPERM);
+    if (!this.#memory.populate(mapping, page, page + 1, PROT_WRITE)) return unexplained(ERRNO.EFAULT);
+    if (mapping.gmem || (mapping.shared && mapping.file instanceof DiskFile)) return unexplained(ERRNO.EIO);
+    this.#vm.lockedPages++;
+    this.#memory.countLocks(this.#vm);
+    this.faults++;
+    return ProtectedPages.of(this.#vm).take(gfn, mapping.store, place);
   }
 
   /** Without a mapping, or with one that is for reading only, an access faults first. */

@@ -101,6 +101,9 @@ export class Mapping {
       stop = secret.start - this.pgoff;
       break;
     }
+    for (const taken of this.store.taken.within(this.pgoff + page, this.pgoff + stop)) {
+      if (taken.value.hold === 'owned') stop = Math.min(stop, taken.start - this.pgoff);
+    }
     for (const guard of this.guards.within(page, stop)) stop = Math.min(stop, guard.start);
     for (const range of this.protection.within(page, stop)) {
       // The CPUs know no page that can be written and not be read.

@@ -13,6 +13,7 @@ import { F_SEAL_GUEST } from '../../uapi_proposed.ts';
 import type { Result } from '../kernel.ts';
 import { type GuestMemfdFile, OpenFile } from '../state.ts';
 import { type Disk, PageStore } from './page_store.ts';
+import { reclaim } from './protected_pages.ts';
 
 export const SEAL_SEAL = 1;
 const SEAL_SHRINK = 2;
@@ -61,6 +62,7 @@ export class MemoryFile extends OpenFile {
 
   read(target: Uint8Array, offset: number): Result {
     const length = Math.max(0, Math.min(target.length, this.size - offset));
+    this.#reclaim(offset, offset + length);
     this.store.read(offset, target.subarray(0, length));
     return length;
   }
@@ -70,6 +72,7 @@ export class MemoryFile extends OpenFile {
     if (this.seals & F_SEAL_WRITE) return -ERRNO.EPERM;
     const end = offset + source.length;
     if (end > this.size && this.seals & SEAL_GROW) return -ERRNO.EPERM;
+    this.#reclaim(offset, end);
     this.store.write(offset, source);
     this.size = Math.max(this.size, end);
     return source.length;
@@ -144,6 +147,11 @@ export class MemoryFile extends OpenFile {
   /** msync, fsync: nothing to do for memory. */
   sync(): Result {
     return 0;
+  }
+
+  #reclaim(offset: number, end: number): void {
+    const { pageSize } = this.store;
+    reclaim(this.store, Math.floor(offset / pageSize), Math.ceil(end / pageSize));
   }
 
   /** Whole pages go, the ends of partly covered ones become zeros. */

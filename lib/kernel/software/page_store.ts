@@ -1,4 +1,5 @@
 import { RangeMap } from '../../ranges.ts';
+import type { TakenPages } from './protected_pages.ts';
 
 /** A window covers whole spans of this many bytes: the most that one ArrayBuffer can hold on Node 20. */
 const SPAN = 2 ** 32;
@@ -58,6 +59,8 @@ export class PageStore {
   readonly #size: () => number;
   /** Who is told of pages that are about to go. */
   readonly watchers = new Set<(startPage: number, endPage: number) => void>();
+  /** What guests of protected VMs have. */
+  readonly taken = new RangeMap<TakenPages>();
   /** What else comes to be when pages do: asked before each time. */
   grow: ((startPage: number, endPage: number) => Iterable<{ readonly start: number; readonly end: number }>) | null =
     null;

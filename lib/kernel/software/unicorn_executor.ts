@@ -1,5 +1,7 @@
 import type { Addon } from '../linux/addon.ts';
+import type { VmFile } from '../state.ts';
 import type { Access, Executor, ExecutorFactory, GuestBus, Stop } from './executor.ts';
+import { protectedCall } from './protected_calls.ts';
 import { type UnicornCpu, unicornCpu, X86Cpu } from './unicorn_cpu.ts';
 import { UC, UnicornEngine, type UnicornEvent, unicornLibrary } from './unicorn_engine.ts';
 import type { SoftwareVcpu } from './vcpu.ts';
@@ -19,6 +21,8 @@ const systemEvents = new Map([
 ]);
 const PSCI_NOT_SUPPORTED = -1n;
 const ARM64_X0 = 199;
+/** x0 … x3 */
+const ARM64_ARGUMENTS = [ARM64_X0, ARM64_X0 + 1, ARM64_X0 + 2, ARM64_X0 + 3];
 
 type Answer = Uint8Array | bigint | null;
 
@@ -92,6 +96,7 @@ class Run {
   readonly #engine: UnicornEngine;
   readonly #cpu: UnicornCpu;
   readonly #bus: GuestBus;
+  readonly #vm: VmFile;
   readonly #pageSize: number;
   readonly #pages = new Map<bigint, Page>();
   /** Pages that stand in for a device during one instruction. */
@@ -102,6 +107,7 @@ class Run {
     this.#engine = new UnicornEngine(native, cpu.arch, cpu.mode);
     this.#cpu = cpu;
     this.#bus = bus;
+    this.#vm = vcpu.vm;
     this.#pageSize = vcpu.vm.machine.pageSize;
   }
 
@@ -290,7 +296,13 @@ class Run {
       return this.#stop(event.last, { kind: 'internal-error', suberror: DELIVERY });
     const type = systemEvents.get(this.#engine.register(ARM64_X0) & 0xffff_ffffn);
     if (type !== undefined) return this.#stop(event.last + 4n, { kind: 'system-event', type });
-    this.#engine.setRegister(ARM64_X0, PSCI_NOT_SUPPORTED);
+    const [number = 0n, ...args] = ARM64_ARGUMENTS.map((register) => this.#engine.register(register));
+    const answer = protectedCall(this.#vm, this.#bus, number, args) ?? PSCI_NOT_SUPPORTED;
+    if (typeof answer !== 'bigint') {
+      const delivered = answer.kind === 'fault' ? answer : { kind: 'internal-error' as const, suberror: DELIVERY };
+      return this.#stop(event.last, delivered);
+    }
+    this.#engine.setRegister(ARM64_X0, answer);
     return event.last + 4n;
   }
 

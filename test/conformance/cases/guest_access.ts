@@ -1,7 +1,7 @@
-import { KVM_MEM_READONLY, KVM_VM_TYPE_ARM_PROTECTED, PROT_NONE, PROT_READ } from '../../../lib/uapi.ts';
+import { KVM_MEM_READONLY, KVM_VM_TYPE_ARM_PROTECTED, MADV_DONTNEED, PROT_NONE, PROT_READ } from '../../../lib/uapi.ts';
 import { initialise } from '../../../lib/vcpu_setup.ts';
 import { useVcpu } from '../child_programs.ts';
-import { codePage, fault, mmioRead, mmioWrite, unexplained } from '../guest.ts';
+import { codePage, fault, type Guest, mmioRead, mmioWrite, unexplained } from '../guest.ts';
 import {
   arm64,
   emulated,
@@ -13,7 +13,6 @@ import {
   ordinaryHost,
   protectedHost,
   protectedVm,
-  reachable,
   shareable,
   swProtected,
   x86,
@@ -413,21 +412,54 @@ const protectedGuest = (s: Scenario) => {
   return { vm, memory, guest: s.guest(vm) };
 };
 
+const [MEMINFO, SHARE, UNSHARE] = [0xc600_0002n, 0xc600_0003n, 0xc600_0004n];
+/** The guest lets the host have one of its pages, or no more. */
+const share = (s: Scenario, guest: Guest, page: number) => guest.hypercall(SHARE, BigInt(page * s.P));
+const unshare = (s: Scenario, guest: Guest, page: number) => guest.hypercall(UNSHARE, BigInt(page * s.P));
+
 export const protectedAccess = section('Guest access in a protected VM (arm64)', [
+  scenario(254, 'what the guest has touched is its own; what it has not is the host’s as before', {
+    needs: [protectedVm],
+    given: protectedGuest,
+    when: (s, { memory, guest }) => [
+      s.put(memory, 1, 66),
+      guest.get(1),
+      [s.get(memory, 1), s.put(memory, 1, 67)],
+      guest.get(1),
+      [s.put(memory, 2, 68), s.get(memory, 2)],
+    ],
+    expect: [1, 66, ['EFAULT', 'EFAULT'], 66, [1, 68]],
+  }),
+  scenario('254 close', 'a closed VM gives its pages back, as zeros; what it shared as it was', {
+    needs: [protectedVm],
+    given: (s) => {
+      const vm = s.vm(KVM_VM_TYPE_ARM_PROTECTED);
+      const memory = s.anonymous(4);
+      s.slot(vm, { pages: 4, hva: s.kernel.addressOf(memory) });
+      return { vm, memory, guest: s.guest(vm) };
+    },
+    when: (s, { vm, memory, guest }) => {
+      const used = [guest.put(1, 7), guest.put(2, 8), share(s, guest, 2)];
+      s.closeFd(guest.vcpu);
+      s.closeFd(vm);
+      return [used, s.get(memory, 1), s.get(memory, 2)];
+    },
+    expect: [[0, 0, 0], 0, 8],
+  }),
   scenario(256, 'host memory works, a file’s mapping is EIO, and kvm_run does not say why', {
-    needs: [protectedVm, reachable],
+    needs: [protectedVm],
     given: protectedGuest,
     when: (_, { guest }) => [guest.put(1, 7), guest.get(1), guest.get(8), guest.put(9, 7)],
     expect: [0, 7, ['EIO', 0], ['EIO', 0]],
   }),
   scenario('17.1 other hva', 'a file behind a slot is ignored: the guest has the host memory', {
-    needs: [protectedVm, reachable],
+    needs: [protectedVm],
     given: boundFile(MMAP, KVM_VM_TYPE_ARM_PROTECTED),
     when: (s, { file, memory, guest }) => [guest.get(1), guest.put(1, 7), s.get(memory, 1), s.cached(file)],
-    expect: [66, 0, 7, 0],
+    expect: [66, 0, 'EFAULT', 0],
   }),
   scenario('17.1 hva', 'host memory that is not mapped, or not writable, is EFAULT also for a read', {
-    needs: [protectedVm, reachable],
+    needs: [protectedVm],
     given: protectedGuest,
     when: (s, { memory, guest }) => [
       s.kernel.mprotect(memory, 0, 4 * s.P, PROT_READ),
@@ -436,6 +468,108 @@ export const protectedAccess = section('Guest access in a protected VM (arm64)',
       guest.get(1),
     ],
     expect: [0, unexplained, 0, unexplained],
+  }),
+  scenario('17.1 munmap', 'what the guest has stays its own when the host discards or unmaps it', {
+    needs: [protectedVm],
+    given: protectedGuest,
+    when: (s, { memory, guest }) => [
+      guest.put(1, 7),
+      s.advise(memory, 0, 4, MADV_DONTNEED),
+      [s.get(memory, 1), s.put(memory, 1, 9), guest.get(1)],
+      s.munmap(memory),
+      guest.get(1),
+      guest.get(2),
+    ],
+    expect: [0, 0, [0, 1, 7], 0, 7, unexplained],
+  }),
+  scenario(257, 'a page that another guest has, or this one elsewhere, is EPERM', {
+    needs: [protectedVm],
+    given: protectedGuest,
+    when: (s, { vm, memory, guest }) => {
+      const hva = s.kernel.addressOf(memory);
+      const slot = s.slot(vm, { slot: 2, at: 64, pages: 4, hva });
+      const others = [s.vm(KVM_VM_TYPE_ARM_PROTECTED), s.vm()].map((other) => {
+        s.slot(other, { pages: 4, hva });
+        return s.guest(other);
+      });
+      return [
+        [slot, guest.put(1, 7), guest.get(65), guest.get(66), guest.get(2)],
+        others.map((other) => other.get(1)),
+        [share(s, guest, 1), guest.get(65)],
+        others.map((other) => other.get(1)),
+        guest.get(1),
+      ];
+    },
+    expect: [
+      [0, 0, ['EPERM', 0], 0, ['EPERM', 0]],
+      [
+        ['EPERM', 0],
+        ['EPERM', 0],
+      ],
+      [0, ['EPERM', 0]],
+      [
+        ['EPERM', 0],
+        ['EPERM', 0],
+      ],
+      7,
+    ],
+  }),
+  scenario(259, 'the guest shares a page with the host, and takes it back', {
+    needs: [protectedVm],
+    given: protectedGuest,
+    when: (s, { memory, guest }) => [
+      [guest.put(1, 7), s.get(memory, 1)],
+      [share(s, guest, 1), s.get(memory, 1), s.put(memory, 1, 9), guest.get(1)],
+      [unshare(s, guest, 1), s.get(memory, 1), guest.get(1)],
+      [share(s, guest, 2), s.put(memory, 2, 5), guest.get(2)],
+    ],
+    expect: [
+      [0, 'EFAULT'],
+      [0, 7, 1, 9],
+      [0, 'EFAULT', 9],
+      [0, 1, 5],
+    ],
+  }),
+  scenario('259 refusals', 'sharing twice, taking back what is not shared, half a page, or one that cannot be: -3', {
+    needs: [protectedVm],
+    given: protectedGuest,
+    when: (s, { guest }) => [
+      [share(s, guest, 1), share(s, guest, 1)],
+      [unshare(s, guest, 2), guest.get(2), unshare(s, guest, 2), unshare(s, guest, 100)],
+      guest.hypercall(SHARE, BigInt(3 * s.P + 8)),
+      guest.hypercall(SHARE, BigInt(3 * s.P), 1n),
+      guest.hypercall(SHARE, 1n << 55n),
+      guest.hypercall(MEMINFO, 1n),
+      share(s, guest, 8),
+    ],
+    expect: [[0, -3n], [-3n, 0, -3n, -3n], -3n, -3n, -3n, -3n, ['EIO', 0]],
+  }),
+  scenario('259 discovery', 'the guest is told which of these calls there are, and how large a page is', {
+    needs: [protectedVm],
+    given: (s) => s.guest(s.vm(KVM_VM_TYPE_ARM_PROTECTED)),
+    when: (s, guest) => [guest.hypercall(0x8600_0000n), guest.hypercall(MEMINFO) === BigInt(s.P)],
+    expect: [0b1_1101, true],
+  }),
+  scenario('259 ordinary', 'an ordinary guest has no such calls', {
+    needs: [arm64],
+    given: hostMemory(),
+    when: (s, { guest }) => [guest.hypercall(MEMINFO), share(s, guest, 1), unshare(s, guest, 1)],
+    expect: [-1n, -1n, -1n],
+  }),
+  scenario(260, 'the host’s kernel takes a page that it needs, as zeros, and the guest has lost it', {
+    needs: [protectedVm],
+    given: (s) => {
+      const vm = s.vm(KVM_VM_TYPE_ARM_PROTECTED);
+      const file = s.memfd(4);
+      s.slot(vm, { pages: 4, hva: s.kernel.addressOf(s.map(file, { pages: 4 })) });
+      return { file, guest: s.guest(vm) };
+    },
+    when: (s, { file, guest }) => {
+      const byte = new Uint8Array(1);
+      const used = [guest.put(1, 7), guest.put(2, 8)];
+      return [used, s.kernel.pread(file, byte, s.P), byte[0], guest.get(1), guest.put(1, 7), guest.get(2)];
+    },
+    expect: [[0, 0], 1, 0, unexplained, unexplained, 8],
   }),
   scenario(253, 'once it has run, its slots can be neither deleted nor moved; more can be created', {
     needs: [protectedVm],

@@ -106,7 +106,7 @@ export class GuestMemory {
     for (const { mapping, offset, size } of this.#plan(address, plain.length, 'write')) {
       const copied = this.#owner.kernel.poke(mapping, offset, plain.subarray(position, position + size));
       const done = Math.max(0, copied);
-      if (done < size) throw this.#fault('write', address + position + done, size - done, 'the host has no page there');
+      if (done < size) throw this.#fault('write', address + position + done, size - done, this.#absent());
       position += size;
     }
     this.#owner.vm.written(address, plain.length);
@@ -159,7 +159,7 @@ export class GuestMemory {
     for (const { mapping, offset, size } of pieces) {
       const copied = this.#owner.kernel.peek(mapping, offset, target.subarray(position, position + size));
       const done = Math.max(0, copied);
-      if (done < size) throw this.#fault('read', address + position + done, size - done, 'the host has no page there');
+      if (done < size) throw this.#fault('read', address + position + done, size - done, this.#absent());
       position += size;
     }
     return target;
@@ -195,6 +195,12 @@ export class GuestMemory {
     }
     if (!hostMemory) throw this.#fault(what, address, size, `slot ${slot.slot} has no host memory`);
     return { mapping: hostMemory.backing.mapping, offset: slot.hostOffset + inSlot, size, owner: hostMemory };
+  }
+
+  #absent(): string {
+    return this.#owner.vm.type === 'protected'
+      ? 'the guest has the page for itself, or the host has none there'
+      : 'the host has no page there';
   }
 
   #fault(what: string, address: number, size: number, why: string): KvmError {

@@ -95,19 +95,6 @@ await everywhere(t, 'VM types', (t, { backend, kvm }) => {
   refused(t, () => kvm.createVm({ ipaBits: 31 }), 'ERR_OUT_OF_RANGE', 'ipaBits');
 });
 
-t.test('a protected VM on arm64', (t) => {
-  using kvm = Kvm.open({ backend: 'software', model: { arch: 'aarch64', kernel: '7.3', pkvm: true } });
-  t.same([...kvm.vmTypes], ['default', 'protected']);
-  using vm = kvm.createVm({ type: 'protected' });
-  t.equal(vm.type, 'protected');
-  using memory = kvm.createHostMemory({ size: kvm.pageSize });
-  const slot = { address: 0, size: kvm.pageSize, hostMemory: memory };
-  refused(t, () => vm.createMemslot({ ...slot, readonly: true }), 'EPERM');
-  refused(t, () => vm.createMemslot({ ...slot, logDirtyPages: true }), 'EPERM');
-  vm.close();
-  t.end();
-});
-
 t.test('capabilities are asked of the VM, model by model', (t) => {
   const of = (model: object, type: 'default' | 'sw-protected' = 'default') => {
     using kvm = Kvm.open({ backend: 'software', model });

@@ -88,7 +88,9 @@ const agentsOf = new WeakMap<Vm, Set<GuestAgent>>();
 /**
  * Guest code that does what the host script says, by real accesses of a real CPU, or of the software kernel's: so both sides of an experiment are
  * one TypeScript program. It is a vCPU of its own in 64-bit kernel mode with identity paging; addresses are guest physical ones, of any
- * alignment, up to 2^46 on x86_64 and the VM's limit on aarch64.
+ * alignment, up to 2^46 on x86_64 and the VM's limit on aarch64. In a protected VM it shares its own 128 KiB with the host, by the call that
+ * such guests have for it, and what it reads and writes elsewhere becomes the guest's alone: hypercall(0xc6000003n, [address]) shares a page
+ * more, 0xc6000004n takes it back.
  *
  * A method blocks this thread until the guest has done it. It throws, besides what it says: KvmError `EFAULT` the access reached no memory
  * (`errorOffset` is the address), and bytes before it may have been accessed · `ETIMEDOUT` the guest did not come back · `EINTR` it was kicked ·

@@ -16,6 +16,7 @@ const vm = { call: 'createVm', fd: 'kvm', type: 0 } as const;
 const vcpu = { call: 'createVcpu', vm: 'vm0', id: 1 } as const;
 const anonymous = { call: 'mmap', fd: 'none', length: 8, offset: 0, prot: 3, flags: 0x22 } as const;
 const locked = { call: 'mlock', map: 0, from: 0, length: 1 } as const;
+const page0 = { slot: 0, flags: 0, gpa: 0, size: 1, hva: { mapping: 0, page: 0 } } as const;
 const memfd = { call: 'memfdCreate', flags: 0 } as const;
 
 export const counterexamples: readonly Counterexample[] = [
@@ -255,5 +256,31 @@ export const counterexamples: readonly Counterexample[] = [
     answer: '[ENOSPC, 0, 4096]',
     model: { kernel: '6.18', tdp: false },
     program: [vm, vcpu, { call: 'preFaultMemory', vcpu: 'vcpu0', gpa: 0, size: 1, flags: 0 }],
+  },
+  {
+    found: '7.3.4 pKVM: what an ordinary guest has mapped, a protected one cannot take',
+    answer: '[EPERM, 0]',
+    model: { arch: 'aarch64', pkvm: true },
+    program: [
+      vm,
+      { call: 'createVm', fd: 'kvm', type: ['2^31', 0] },
+      anonymous,
+      { call: 'setUserMemoryRegion', ...page0, vm: 'vm0' },
+      { call: 'guestWrite', vm: 'vm0', page: 0, value: 1 },
+      { call: 'setUserMemoryRegion', ...page0, vm: 'vm1' },
+      { call: 'guestRead', vm: 'vm1', page: 0 },
+    ],
+  },
+  {
+    found: '7.3.4 pKVM: the host can lock a page that a protected guest has, for nothing looks at its bytes',
+    answer: '0',
+    model: { arch: 'aarch64', pkvm: true },
+    program: [
+      { call: 'createVm', fd: 'kvm', type: ['2^31', 0] },
+      anonymous,
+      { call: 'setUserMemoryRegion', ...page0, vm: 'vm0' },
+      { call: 'guestRead', vm: 'vm0', page: 0 },
+      { call: 'mlock', map: 0, from: 0, length: 1 },
+    ],
   },
 ];

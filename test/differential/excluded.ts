@@ -13,7 +13,7 @@ import {
 import { compareVersions } from '../conformance/scenario.ts';
 import { capsEnabled } from './capabilities.ts';
 import { type Mirror, slotKey } from './mirror.ts';
-import { isMappedPage, type Step } from './program.ts';
+import { type ByGuest, isMappedPage, type Step } from './program.ts';
 
 // What no random program may send, each with its name: what would harm the machine, what would cost it all its memory or minutes of
 // its time, and what the contract says differs for reasons that no model has.
@@ -83,6 +83,9 @@ export function excluded(step: Step, mirror: Mirror, kernel: Kernel): string | n
           ? 'pre-faulting a huge range'
           : null)
       );
+    case 'guestShare':
+    case 'guestUnshare':
+      return kernel.arch === 'aarch64' ? excludedAccess(step, mirror, kernel) : 'a call of pKVM';
     case 'guestRead':
     case 'guestWrite':
       return excludedAccess(step, mirror, kernel);
@@ -129,16 +132,10 @@ function isDangerous(step: SetRegion, mirror: Mirror, kernel: Kernel): boolean {
   return BigInt(mirror.valueIn(step, step.offset)) + size >= 1n << 63n;
 }
 
-function excludedAccess(
-  step: Step & { call: 'guestRead' | 'guestWrite' },
-  mirror: Mirror,
-  kernel: Kernel,
-): string | null {
+function excludedAccess(step: ByGuest, mirror: Mirror, kernel: Kernel): string | null {
   const vm = mirror.agentVm(step.vm);
   if (!vm) return 'a guest without a VM';
   if (vm.unfit) return vm.unfit;
-  // Its memory is out of the host's reach, so there is no mailbox. Contract §17.1.
-  if (kernel.arch === 'aarch64' && BigInt(vm.type) >= 1n << 31n) return 'a guest in a protected VM';
   if (kernel.arch === 'x86_64' && step.page * mirror.facts.page >= CANONICAL)
     return 'an address that no identity map has';
   if (meetsAgent(step.page * mirror.facts.page, mirror.facts.page)) return 'the memory of the guest agent';

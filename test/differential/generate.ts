@@ -283,6 +283,8 @@ const steps: Readonly<Record<Call, (d: Dice) => Step>> = {
   poke: (d) => ({ call: 'poke', ...bytes(d), value: 1 + d.below(250) }),
   guestRead: (d) => ({ call: 'guestRead', vm: d.fd('vm', 100), page: d.page() }),
   guestWrite: (d) => ({ call: 'guestWrite', vm: d.fd('vm', 100), page: d.page(), value: 1 + d.below(250) }),
+  guestShare: (d) => ({ call: 'guestShare', vm: d.fd('vm', 100), page: d.page() }),
+  guestUnshare: (d) => ({ call: 'guestUnshare', vm: d.fd('vm', 100), page: d.page() }),
 };
 
 function range(d: Dice): { map: number; from: Num; length: Num } {
@@ -355,6 +357,8 @@ const weights: Readonly<Record<Call, number>> = {
   poke: 40,
   guestRead: 3,
   guestWrite: 3,
+  guestShare: 1,
+  guestUnshare: 1,
 };
 
 /** Random steps: those of `calls` only, when given. */

@@ -1,7 +1,16 @@
 import type { U64 } from '../../lib/kernel/kernel.ts';
 import { GUEST_MEMFD_FLAG_MMAP } from '../../lib/uapi.ts';
 import type { Outcome } from '../conformance/scenario.ts';
-import { type Facts, type Fd, isMappedPage, type Num, resolveNum, type Step } from './program.ts';
+import {
+  type ByGuest,
+  type Facts,
+  type Fd,
+  isByGuest,
+  isMappedPage,
+  type Num,
+  resolveNum,
+  type Step,
+} from './program.ts';
 import type { World } from './world.ts';
 
 export interface SlotNote {
@@ -117,7 +126,7 @@ export class Mirror {
   before(step: Step): void {
     // Afterwards the name may stand for the copy.
     if (step.call === 'dup') this.#duplicated = this.world.number(step.fd);
-    if (step.call !== 'guestRead' && step.call !== 'guestWrite') return;
+    if (!isByGuest(step)) return;
     const vm = this.agentVm(step.vm);
     if (!vm) return;
     vm.hasAgent = true;
@@ -127,7 +136,7 @@ export class Mirror {
   /** After a step that both carried out alike. */
   note(step: Step, outcome: Outcome): void {
     const failed = typeof outcome === 'number' && outcome < 0;
-    if (step.call === 'guestRead' || step.call === 'guestWrite') this.#noteAccess(step, outcome);
+    if (isByGuest(step)) this.#noteAccess(step, outcome);
     if (step.call === 'preFaultMemory') this.#notePreFault(step);
     if (failed) return;
     switch (step.call) {
@@ -250,7 +259,7 @@ export class Mirror {
     }
   }
 
-  #noteAccess(step: Step & { call: 'guestRead' | 'guestWrite' }, outcome: Outcome): void {
+  #noteAccess(step: ByGuest, outcome: Outcome): void {
     const vm = this.agentVm(step.vm);
     if (Array.isArray(outcome) && String(outcome[0]).startsWith('MMIO')) vm?.mmio.add(step.page);
     else if (typeof outcome === 'number' && outcome >= 0) vm?.mmio.delete(step.page);

@@ -111,7 +111,16 @@ export type Step =
   | ({ readonly call: 'poke'; readonly value: number } & Range)
   /** The guest agent's CPU reads, or writes, a byte of this page. */
   | { readonly call: 'guestRead'; readonly vm: Fd; readonly page: number }
-  | { readonly call: 'guestWrite'; readonly vm: Fd; readonly page: number; readonly value: number };
+  | { readonly call: 'guestWrite'; readonly vm: Fd; readonly page: number; readonly value: number }
+  /** arm64: it asks to share the page with the host, or to take it back. */
+  | { readonly call: 'guestShare' | 'guestUnshare'; readonly vm: Fd; readonly page: number };
+
+/** What the guest's CPU does. */
+export type ByGuest = Extract<Step, { readonly call: `guest${string}` }>;
+
+export function isByGuest(step: Step): step is ByGuest {
+  return step.call.startsWith('guest');
+}
 
 export type Call = Step['call'];
 export type Program = readonly Step[];

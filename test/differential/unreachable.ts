@@ -21,7 +21,7 @@ const reasons: Readonly<Record<string, Why>> = {
   'fallocate gmem-punch-split': proposed,
   'mmap guest-sealed': proposed,
   'memslot protected-flags': pkvm,
-  'memslot protected-has-run': (machine) => pkvm(machine) || 'a protected guest cannot be reached by the agent',
+  'memslot protected-has-run': pkvm,
   'memslot ipa-limit': x86,
   'memslot gpa-limit': arm,
   'memslot gmem-needs-mmap': x86,

@@ -13,6 +13,7 @@ import {
   type Step,
 } from './program.ts';
 
+const [MEM_SHARE, MEM_UNSHARE] = [0xc600_0003n, 0xc600_0004n];
 const REGULAR = 0o100000;
 /** Pages that mincore is asked about at once. */
 const LONGEST = 1024;
@@ -182,6 +183,11 @@ export class World {
         return this.#guest(step.vm, (guest) => guest.get(step.page));
       case 'guestWrite':
         return this.#guest(step.vm, (guest) => guest.put(step.page, step.value));
+      case 'guestShare':
+      case 'guestUnshare': {
+        const number = step.call === 'guestShare' ? MEM_SHARE : MEM_UNSHARE;
+        return this.#guest(step.vm, (guest) => guest.hypercall(number, BigInt(step.page * this.#facts.page)));
+      }
     }
   }
 

@@ -132,7 +132,7 @@ export class AddressSpace {
 
   /** Pages that a touch reaches exist afterwards: mlock, MADV_POPULATE, MAP_POPULATE. @returns whether all could be reached. */
   populate(mapping: Mapping, start: number, end: number, prot: number): boolean {
-    const count = mapping.accessible(start, this.#settled(mapping, start, end), prot);
+    const count = mapping.reachable(start, this.#settled(mapping, start, end), prot);
     const { pageSize } = this.#machine;
     const written = prot === PROT_WRITE || mapping.locked.overlaps(start, end);
     if (written) mapping.zeros.delete(mapping.pgoff + start, mapping.pgoff + start + count);

@@ -4,6 +4,7 @@ import type { MemslotState, VmFile } from '../state.ts';
 import type { AddressSpace } from './address_space.ts';
 import { DiskFile } from './disk_file.ts';
 import type { Access, GuestBus } from './executor.ts';
+import type { PageStore } from './page_store.ts';
 import { ProtectedPages, type TakenPages } from './protected_pages.ts';
 import { SoftwareGuestMemfd } from './software_files.ts';
 import { type Place, Stage2 } from './stage2.ts';
@@ -131,6 +132,7 @@ export class SoftwareBus implements GuestBus {
     if (dirties) slot.dirty?.set(index, index + 1, true);
     // What the host has not touched is a page of zeros that all share: the host's first write takes it away from the guest.
     if (this.#memory.isPresent(mapping, page)) slot.mapped.set(index, index + 1, true);
+    this.#noteGuest(mapping.store);
     return OK;
   }
 
@@ -158,12 +160,26 @@ export class SoftwareBus implements GuestBus {
     if (!mapping.permits(page, PROT_WRITE)) return unexplained(ERRNO.EFAULT);
     const place = mapping.pgoff + page;
     if (mapping.store.taken.get(place)) return unexplained(ERRNO.EPERM);
+    const lent = this.#memory.isPresent(mapping, page) && this.#isMapped(mapping.store, place);
     if (!this.#memory.populate(mapping, page, page + 1, PROT_WRITE)) return unexplained(ERRNO.EFAULT);
+    if (lent) return unexplained(ERRNO.EPERM);
     if (mapping.gmem || (mapping.shared && mapping.file instanceof DiskFile)) return unexplained(ERRNO.EIO);
     this.#vm.lockedPages++;
     this.#memory.countLocks(this.#vm);
     this.faults++;
     return ProtectedPages.of(this.#vm).take(gfn, mapping.store, place);
+  }
+
+  /** On a protected host, memory that an ordinary guest has mapped cannot be taken. */
+  #isMapped(store: PageStore, page: number): boolean {
+    return [...store.guests].some((vm) => Stage2.of(vm).maps(store, page));
+  }
+
+  #noteGuest(store: PageStore): void {
+    const vm = this.#vm;
+    if (!vm.machine.pkvm || store.guests.has(vm)) return;
+    store.guests.add(vm);
+    vm.atEnd.push(() => store.guests.delete(vm));
   }
 
   /** Without a mapping, or with one that is for reading only, an access faults first. */

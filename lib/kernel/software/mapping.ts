@@ -96,13 +96,19 @@ export class Mapping {
 
   /** How many pages from `page` on a touch may reach before it is SIGSEGV or SIGBUS, up to `end`. Contract §8.2. */
   accessible(page: number, end: number, prot: number): number {
+    const stop = page + this.reachable(page, end, prot);
+    for (const taken of this.store.taken.within(this.pgoff + page, this.pgoff + stop)) {
+      if (taken.value.hold === 'owned') return taken.start - this.pgoff - page;
+    }
+    return stop - page;
+  }
+
+  /** The same for a kernel that only looks pages up, and does not touch what is in them. */
+  reachable(page: number, end: number, prot: number): number {
     let stop = Math.min(end, this.pages, this.file ? this.file.pages - this.pgoff : end);
     for (const secret of this.gmem?.privatePages.within(this.pgoff + page, this.pgoff + stop) ?? []) {
       stop = secret.start - this.pgoff;
       break;
-    }
-    for (const taken of this.store.taken.within(this.pgoff + page, this.pgoff + stop)) {
-      if (taken.value.hold === 'owned') stop = Math.min(stop, taken.start - this.pgoff);
     }
     for (const guard of this.guards.within(page, stop)) stop = Math.min(stop, guard.start);
     for (const range of this.protection.within(page, stop)) {

@@ -1,4 +1,5 @@
 import { RangeMap } from '../../ranges.ts';
+import type { VmFile } from '../state.ts';
 import type { TakenPages } from './protected_pages.ts';
 
 /** A window covers whole spans of this many bytes: the most that one ArrayBuffer can hold on Node 20. */
@@ -61,6 +62,8 @@ export class PageStore {
   readonly watchers = new Set<(startPage: number, endPage: number) => void>();
   /** What guests of protected VMs have. */
   readonly taken = new RangeMap<TakenPages>();
+  /** Ordinary VMs of such a host that have mapped any of it. */
+  readonly guests = new Set<VmFile>();
   /** What else comes to be when pages do: asked before each time. */
   grow: ((startPage: number, endPage: number) => Iterable<{ readonly start: number; readonly end: number }>) | null =
     null;

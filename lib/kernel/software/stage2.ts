@@ -41,6 +41,16 @@ export class Stage2 {
     return (found.writable || !write) && place.store.changedAt(gfn + place.shift) <= found.clock;
   }
 
+  /** Whether a page of the store that exists is mapped somewhere. */
+  maps(store: PageStore, page: number): boolean {
+    for (const { start, end, value } of this.#mapped) {
+      const gfn = page - value.shift;
+      if (value.store !== store || gfn < start || gfn >= end || store.changedAt(page) > value.clock) continue;
+      if (value.slot.mapped?.get(gfn - value.slot.baseGfn)) return true;
+    }
+    return false;
+  }
+
   map(start: number, end: number, { slot, store, shift }: Place, writable: boolean): void {
     const { clock } = store;
     const last = this.#latest;

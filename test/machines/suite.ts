@@ -21,7 +21,10 @@ const leftOut = [
   ].map((name) => `proposals/${name}`),
 ].map((name) => `dist/test/${name}.test.js`);
 /** Long ones first: two run at a time. */
-const first = ['conformance/linux', 'lifecycle/load', 'lifecycle.test', 'hostile', 'agent'];
+const first = [
+  ...['lifecycle.test', 'conformance/linux', 'vcpu_worker', 'hostile', 'lifecycle/load', 'migration', 'pager'],
+  ...['hand_over', 'agent', 'store.test'],
+];
 const FAILURES_SHOWN = 40;
 /** What Linux says of a program or of itself that fell over. */
 const COMPLAINT = /unhandled|segfault|Oops|BUG:|WARNING:|Out of memory|oom-kill|Call trace|Unable to handle|rcu: INFO/;

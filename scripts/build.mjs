@@ -5,6 +5,7 @@ import { spawnSync } from 'node:child_process';
 import { chmodSync, existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { join } from 'node:path';
+import { bundle } from './bundle.mjs';
 import { machines } from './elf.mjs';
 import { gypEnvironment, isUpToDate, missingTools, root } from './toolchain.mjs';
 
@@ -20,7 +21,7 @@ if (unknown.length > 0) {
 const wanted = (part) => only.length === 0 || only.includes(part);
 
 if (wanted('--addon') && !buildAddon()) process.exit(1);
-if (wanted('--typescript') && !buildTypeScript()) process.exit(1);
+if (wanted('--typescript') && !(await buildTypeScript())) process.exit(1);
 
 /** False only when a build was tried and failed: without Linux or a compiler the software kernel still works. */
 function buildAddon() {
@@ -57,9 +58,10 @@ function buildAddon() {
   return false;
 }
 
-function buildTypeScript() {
+async function buildTypeScript() {
   const tsc = require.resolve('typescript/bin/tsc');
   if (spawnSync(process.execPath, [tsc], { cwd: root, stdio: 'inherit' }).status !== 0) return false;
+  await bundle();
   // npm marks a bin executable when it installs a package, but not in a clone.
   const cli = join(root, 'dist/lib/cli/main.js');
   if (existsSync(cli)) chmodSync(cli, 0o755);

@@ -86,7 +86,13 @@ export async function runInMachine(
   const append = [
     ...machine.kernel,
     ...['root=root', 'rootfstype=9p', 'rootflags=trans=virtio,version=9p2000.L,msize=512000,cache=loose', 'ro'],
-    ...['panic=-1', `init=${isHost ? `"${path}/test/machines/init.sh"` : '/init'}`, `CLONE="${path}"`],
+    // Who waits for all readers waits for emulated timers otherwise.
+    ...[
+      'rcupdate.rcu_expedited=1',
+      'panic=-1',
+      `init=${isHost ? `"${path}/test/machines/init.sh"` : '/init'}`,
+      `CLONE="${path}"`,
+    ],
     ...(isHost ? [] : ['HIDE_BUILD=1']),
     ...(keep ? [`KEEP=/dev/${machine.arch === 'x86_64' ? 'ttyS0' : 'ttyAMA0'}`] : []),
   ];

@@ -22,8 +22,8 @@ const leftOut = [
 ].map((name) => `dist/test/${name}.test.js`);
 /** Long ones first: two run at a time. */
 const first = [
-  ...['lifecycle.test', 'conformance/linux', 'vcpu_worker', 'hostile', 'lifecycle/load', 'migration', 'pager'],
-  ...['hand_over', 'agent', 'store.test'],
+  ...['lifecycle.test', 'conformance/linux', 'vcpu_worker', 'linux_vcpu', 'hostile', 'lifecycle/load', 'pager'],
+  ...['migration', 'hand_over', 'agent', 'store.test'],
 ];
 const FAILURES_SHOWN = 40;
 /** What Linux says of a program or of itself that fell over. */

@@ -50,7 +50,7 @@ const advice: Readonly<Record<string, string>> = {
   ENOMEM: 'the host is out of memory, or a limit of this process is reached',
   EMFILE: 'this process has too many open files (ulimit -n)',
   ENFILE: 'the host has too many open files',
-  EIO: 'the VM belongs to another process, or the kernel has given it up',
+  EIO: 'the VM belongs to another process, the kernel has given it up, or a protected guest met memory of a file that is not on tmpfs',
   ENOTTY: 'this kernel does not have the request',
   EINTR: 'a signal came first',
 };

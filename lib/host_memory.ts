@@ -180,8 +180,9 @@ export class HostMemory extends Resource {
 
   /**
    * A live view: what is written here is in the guest's memory at once. It is detached (length 0) by close(), and, on the software kernel,
-   * also when a `vm.memory.view()` of the same memory is. A memslot of a protected VM detaches all views of its memory, and there are none
-   * from then on: a touch of what such a guest has is SIGSEGV. Use `vm.memory.read()` and `write()`, which say `EFAULT`.
+   * also when a `vm.memory.view()` of the same memory is. A memslot of a protected VM detaches this object's views, and there are none
+   * from then on: a touch of what such a guest has is SIGSEGV, also through other objects over the same file. Use `vm.memory.read()` and
+   * `write()`, which say `EFAULT`.
    *
    * @param range Bytes, at most 4 GiB; all of it when omitted.
    * @throws RangeError `ERR_OUT_OF_RANGE` · KvmError `EBUSY` a pager brings its pages, or a protected VM has had it · `EIO` the pager failed ·

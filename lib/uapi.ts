@@ -92,6 +92,7 @@ export const MFD_HUGETLB = 4;
 /** log2 of the huge page size goes into the flags of memfd_create and mmap from this bit on. */
 export const HUGE_SHIFT = 26;
 export const HUGETLBFS_MAGIC = 0x958458f6;
+export const TMPFS_MAGIC = 0x01021994;
 export const SEEK_SET = 0;
 export const SEEK_CUR = 1;
 export const SEEK_END = 2;

@@ -18,19 +18,19 @@ constexpr size_t kTransfer = size_t{1} << 30;
 constexpr size_t kPipe = size_t{1} << 16;
 
 #if defined(__aarch64__)
-// The kernel, asked for the bytes of a page that a protected guest has, takes the page from the guest and clears it.
+// For these bytes process_vm_readv would take a page from the protected guest that has it, and clear it.
 constexpr size_t kDirect = 0;
+std::atomic<bool> process_vm_works = false;
 #else
 // From here on touching the memory is faster than asking the kernel, the questions before it included.
 constexpr size_t kDirect = size_t{1} << 12;
+std::atomic<bool> process_vm_works = true;
 #endif
 
 size_t ToPageEnd(const uint8_t* address) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   return page - reinterpret_cast<uintptr_t>(address) % page;
 }
-
-std::atomic<bool> process_vm_works = true;
 
 // The kernel copies from this process to this process: it looks up the pages of the source and faults on neither side.
 int64_t ProcessVmCopy(uint8_t* target, const uint8_t* source, size_t size) {
@@ -66,7 +66,7 @@ int64_t PassThroughPipe(Environment& environment, uint8_t* target, const uint8_t
   return static_cast<int64_t>(done);
 }
 
-// Where process_vm_readv is not built in or not allowed.
+// Where process_vm_readv is not built in or not allowed, or not wanted.
 int64_t PipeCopy(Environment& environment, uint8_t* target, const uint8_t* source, size_t size) {
   size_t done = 0;
   while (done < size) {

@@ -35,11 +35,15 @@ for (const { name, open } of hosts) {
       const vm = kvm.createVm({ type: 'protected' });
       const memory = kvm.createHostMemory({ size: 2 * MiB });
       vm.createMemslot({ address: 0, size: 2 * MiB, hostMemory: memory });
-      return { vm, memory };
+      const close = (): void => {
+        vm.close();
+        memory.close();
+      };
+      return { vm, memory, close };
     };
 
     t.test('memslots are writable and not logged, and stay where they are once it has run', (t) => {
-      const { vm, memory } = begin();
+      const { vm, memory, close } = begin();
       const more = { address: 4 * MiB, size: P, hostMemory: memory };
       refused(t, () => vm.createMemslot({ ...more, readonly: true }), 'EPERM');
       refused(t, () => vm.createMemslot({ ...more, logDirtyPages: true }), 'EPERM');
@@ -49,7 +53,7 @@ for (const { name, open } of hosts) {
       refused(t, () => slot.move(4 * MiB), 'EPERM', 'has run');
       refused(t, () => slot.remove(), 'EPERM', 'has run');
       vm.createMemslot({ ...more, hostOffset: 0 });
-      vm.close();
+      close();
       t.end();
     });
 
@@ -77,7 +81,7 @@ for (const { name, open } of hosts) {
     });
 
     t.test('it shares pages, and takes them back', (t) => {
-      const { vm } = begin();
+      const { vm, close } = begin();
       const agent = GuestAgent.boot(vm, { address: HOME });
       agent.write(2 * P, Buffer.from('to be seen'));
       t.equal(agent.hypercall(MEM_SHARE, [BigInt(2 * P)]), 0n);
@@ -91,7 +95,7 @@ for (const { name, open } of hosts) {
       // Where no memory is, the guest takes an exception, and goes on.
       refused(t, () => agent.hypercall(MEM_SHARE, [BigInt(512 * MiB)]), 'EFAULT', 'ESR_EL1 0x96000010');
       t.equal(agent.read(2 * P, 1).length, 1);
-      vm.close();
+      close();
       t.end();
     });
 
@@ -112,15 +116,33 @@ for (const { name, open } of hosts) {
       t.end();
     });
 
+    t.test('an agent whose mailbox the host took away says so', (t) => {
+      const { vm, memory, close } = begin();
+      const agent = GuestAgent.boot(vm, { address: HOME });
+      memory.discard({ offset: HOME, size: MiB });
+      refused(t, () => agent.read(0, 1), 'EIO', 'mailbox');
+      close();
+      t.end();
+    });
+
+    t.test('a snapshot would need what the guest has', (t) => {
+      const { vm, close } = begin();
+      const store = kvm.openStore(t.testdir());
+      refused(t, () => store.snapshot(vm, 'one'), 'UNSUPPORTED', 'protected');
+      store.close();
+      close();
+      t.end();
+    });
+
     t.test('two vCPUs see one memory', (t) => {
-      const { vm } = begin();
+      const { vm, close } = begin();
       const vcpus = [vm.createVcpu(), vm.createVcpu()];
       const [one, other] = vcpus.map((vcpu, index) =>
         GuestAgent.boot(vm, { vcpu, address: HOME + index * 0.25 * MiB }),
       ) as [GuestAgent, GuestAgent];
       one.write(3 * P, Uint8Array.of(1, 2, 3));
       t.same(other.read(3 * P, 3), Uint8Array.of(1, 2, 3));
-      vm.close();
+      close();
       t.end();
     });
 

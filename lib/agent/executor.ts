@@ -92,11 +92,12 @@ class AgentExecutor implements Executor {
     let doorbell: number | null = resumed ? null : DOORBELL.ready;
     let starts = !resumed && this.#arch === 'aarch64';
     for (;;) {
-      if (starts) yield* this.#share();
-      starts = false;
-      if (doorbell !== null) yield* this.#ring(doorbell);
-      doorbell = DOORBELL.ready;
       try {
+        const isFirst = starts;
+        starts = false;
+        if (isFirst) yield* this.#share();
+        if (doorbell !== null) yield* this.#ring(doorbell);
+        doorbell = DOORBELL.ready;
         yield* this.#command();
       } catch (thrown) {
         if (!(thrown instanceof GuestException)) throw thrown;

@@ -346,12 +346,20 @@ export class GuestAgent implements Disposable {
 
   #untilDone(what: string, range: GuestRange | null): bigint {
     let resumed = false;
+    let isDeaf = false;
     for (;;) {
       const exit = this.#enter(what, range);
       const rung = this.#rung(exit);
       if (rung === DOORBELL.ready) {
         const mailbox = this.#readMailbox();
-        if (mailbox.getBigUint64(MAILBOX.command, true) !== 0n) continue;
+        if (mailbox.getBigUint64(MAILBOX.command, true) !== 0n) {
+          if (isDeaf)
+            throw failed('EIO', ERRNO.EIO, what, range, {
+              why: 'the guest does not see its mailbox any more: has the host discarded or remapped that memory?',
+            });
+          isDeaf = true;
+          continue;
+        }
         this.#waiting = true;
         return mailbox.getBigUint64(MAILBOX.result, true);
       }

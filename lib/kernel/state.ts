@@ -110,8 +110,9 @@ export class VmFile extends OpenFile {
   lockedPages = 0;
   /** Whether there has ever been one: KVM sets pages aside for its own page tables by the slots that come and go. */
   hadSlots = false;
-  /** What is done when nobody has the VM any more. */
+  /** What is done when nobody has the VM any more, and whether that is so. */
   readonly atEnd: (() => void)[] = [];
+  ended = false;
   readonly #slots: readonly Map<number, MemslotState>[];
   readonly #gfns: readonly RangeMap<MemslotState>[];
 
@@ -211,6 +212,7 @@ export class VmFile extends OpenFile {
 
   protected override released(): void {
     this.lockedPages = 0;
+    this.ended = true;
     for (const action of this.atEnd) action();
   }
 

@@ -432,6 +432,10 @@ function releasing(lock: WriterLock | null): () => void {
 
 /** @throws KvmError `UNSUPPORTED` */
 function assertReadable(vm: Vm): void {
+  if (vm.type === 'protected')
+    throw KvmError.unsupported(
+      "a snapshot needs to read all of the guest's memory, which a protected guest has for itself",
+    );
   const secret = [...vm.memslots.values()].flatMap((slot) => {
     const { guestMemfd } = slot;
     if (!guestMemfd) return [];

@@ -9,7 +9,7 @@ import { consoleOf, type RunOptions, resultsOf, runInMachine } from './run.ts';
 
 /** These ask no kernel, or only print what others test: the host has run them. The rest leaves its software kernels out, see test/pace.ts. */
 const leftOut = [
-  ...['conformance/software', 'ranges', 'cli', 'experiments', 'conversion_in_place', 'store_files'],
+  ...['conformance/software', 'ranges', 'cli', 'experiments', 'package', 'conversion_in_place', 'store_files'],
   ...[
     'grant_ring',
     'guest_seal',

@@ -1,5 +1,5 @@
 import fs from 'node:fs';
-import { ERRNO, type ErrnoName, HUGETLBFS_MAGIC, O_CREAT, O_RDWR, O_WRONLY } from '../../uapi.ts';
+import { ERRNO, type ErrnoName, HUGETLBFS_MAGIC, O_CREAT, O_RDWR, O_WRONLY, TMPFS_MAGIC } from '../../uapi.ts';
 import type { Result } from '../kernel.ts';
 import { HostFile } from './host_file.ts';
 import { MemoryFile } from './memory_file.ts';
@@ -20,11 +20,18 @@ export class DiskFile extends MemoryFile {
       const fd = fs.openSync(path, (access ? readWrite : O_RDONLY) | (flags & O_CREAT ? create : 0), mode);
       try {
         // There is no write(2) there, and what the model knows of a page is written.
-        if (fs.statfsSync(path).type === HUGETLBFS_MAGIC) {
+        const { type } = fs.statfsSync(path);
+        if (type === HUGETLBFS_MAGIC) {
           fs.closeSync(fd);
           return -ERRNO.EOPNOTSUPP;
         }
-        return new DiskFile(pageSize, new HostFile(fd, access !== 0), fs.fstatSync(fd), access !== 0);
+        return new DiskFile(
+          pageSize,
+          new HostFile(fd, access !== 0),
+          fs.fstatSync(fd),
+          access !== 0,
+          type === TMPFS_MAGIC,
+        );
       } catch (error) {
         fs.closeSync(fd);
         throw error;
@@ -32,8 +39,8 @@ export class DiskFile extends MemoryFile {
     });
   }
 
-  private constructor(pageSize: number, host: HostFile, status: fs.Stats, writable: boolean) {
-    super(pageSize, BigInt(status.ino), { mode: status.mode, disk: host });
+  private constructor(pageSize: number, host: HostFile, status: fs.Stats, writable: boolean, shmem: boolean) {
+    super(pageSize, BigInt(status.ino), { mode: status.mode, disk: host, shmem });
     this.#host = host;
     this.#writable = writable;
     this.size = host.size = status.size;

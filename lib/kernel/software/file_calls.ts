@@ -225,7 +225,10 @@ export abstract class FileCalls extends SoftwareProcess {
       return this.refuse('EINVAL', `memfd flags ${hex(wanted)} are unknown`);
     if (text('name', name).length > 249) return this.refuse('EINVAL', 'the name of a memfd has at most 249 bytes');
     const file = (): MemoryFile =>
-      new MemoryFile(this.pageSize, this.newIno(), { sealable: (wanted & MFD_ALLOW_SEALING) !== 0 });
+      new MemoryFile(this.pageSize, this.newIno(), {
+        sealable: (wanted & MFD_ALLOW_SEALING) !== 0,
+        shmem: (wanted & MFD_HUGETLB) === 0,
+      });
     return this.install(file, (wanted & MFD_CLOEXEC) !== 0);
   }
 

@@ -2,8 +2,8 @@ import { RangeMap } from '../../ranges.ts';
 import { ERRNO, KVM_MEM_READONLY, PROT_READ, PROT_WRITE } from '../../uapi.ts';
 import type { MemslotState, VmFile } from '../state.ts';
 import type { AddressSpace } from './address_space.ts';
-import { DiskFile } from './disk_file.ts';
 import type { Access, GuestBus } from './executor.ts';
+import { MemoryFile } from './memory_file.ts';
 import type { PageStore } from './page_store.ts';
 import { ProtectedPages, type TakenPages } from './protected_pages.ts';
 import { SoftwareGuestMemfd } from './software_files.ts';
@@ -132,7 +132,7 @@ export class SoftwareBus implements GuestBus {
     if (dirties) slot.dirty?.set(index, index + 1, true);
     // What the host has not touched is a page of zeros that all share: the host's first write takes it away from the guest.
     if (this.#memory.isPresent(mapping, page)) slot.mapped.set(index, index + 1, true);
-    this.#noteGuest(mapping.store);
+    if (this.#vm.machine.pkvm) mapping.store.guests.add(this.#vm);
     return OK;
   }
 
@@ -157,13 +157,13 @@ export class SoftwareBus implements GuestBus {
     const { mapping, offset } = found;
     const page = Math.floor(offset / pageSize);
     // It is pinned for writing, whatever the guest wants of it.
-    if (!mapping.permits(page, PROT_WRITE)) return unexplained(ERRNO.EFAULT);
+    if (!mapping.permits(page, PROT_WRITE) || mapping.secret) return unexplained(ERRNO.EFAULT);
     const place = mapping.pgoff + page;
-    if (mapping.store.taken.get(place)) return unexplained(ERRNO.EPERM);
     const lent = this.#memory.isPresent(mapping, page) && this.#isMapped(mapping.store, place);
     if (!this.#memory.populate(mapping, page, page + 1, PROT_WRITE)) return unexplained(ERRNO.EFAULT);
-    if (lent) return unexplained(ERRNO.EPERM);
-    if (mapping.gmem || (mapping.shared && mapping.file instanceof DiskFile)) return unexplained(ERRNO.EIO);
+    if (mapping.shared && mapping.file && !(mapping.file instanceof MemoryFile && mapping.file.isShmem))
+      return unexplained(ERRNO.EIO);
+    if (lent || mapping.store.taken.get(place)) return unexplained(ERRNO.EPERM);
     this.#vm.lockedPages++;
     this.#memory.countLocks(this.#vm);
     this.faults++;
@@ -172,14 +172,8 @@ export class SoftwareBus implements GuestBus {
 
   /** On a protected host, memory that an ordinary guest has mapped cannot be taken. */
   #isMapped(store: PageStore, page: number): boolean {
+    for (const vm of store.guests) if (vm.ended) store.guests.delete(vm);
     return [...store.guests].some((vm) => Stage2.of(vm).maps(store, page));
-  }
-
-  #noteGuest(store: PageStore): void {
-    const vm = this.#vm;
-    if (!vm.machine.pkvm || store.guests.has(vm)) return;
-    store.guests.add(vm);
-    vm.atEnd.push(() => store.guests.delete(vm));
   }
 
   /** Without a mapping, or with one that is for reading only, an access faults first. */

@@ -2,6 +2,7 @@ import { RangeMap } from '../../ranges.ts';
 import { PROT_READ, PROT_WRITE } from '../../uapi.ts';
 import type { MemoryFile } from './memory_file.ts';
 import { PageStore } from './page_store.ts';
+import { reclaim } from './protected_pages.ts';
 import { SecretFile, SoftwareGuestMemfd } from './software_files.ts';
 import type { UserfaultFile } from './userfault_file.ts';
 
@@ -96,11 +97,18 @@ export class Mapping {
 
   /** How many pages from `page` on a touch may reach before it is SIGSEGV or SIGBUS, up to `end`. Contract §8.2. */
   accessible(page: number, end: number, prot: number): number {
-    const stop = page + this.reachable(page, end, prot);
-    for (const taken of this.store.taken.within(this.pgoff + page, this.pgoff + stop)) {
-      if (taken.value.hold === 'owned') return taken.start - this.pgoff - page;
+    const start = this.pgoff + page;
+    let stop = start + this.reachable(page, end, prot);
+    for (const { start: first, value } of this.store.taken.within(start, stop)) {
+      if (value.hold === 'owned') stop = Math.min(stop, first);
     }
-    return stop - page;
+    if (this.shared || !this.file) return stop - start;
+    // What a private mapping has no copy of is the file's.
+    for (const taken of this.file.store.taken.within(start, stop)) {
+      if (taken.value.hold !== 'owned') continue;
+      for (const gap of this.store.pages.gaps(taken.start, taken.end)) stop = Math.min(stop, gap.start);
+    }
+    return stop - start;
   }
 
   /** The same for a kernel that only looks pages up, and does not touch what is in them. */
@@ -128,6 +136,8 @@ export function copyMapping(mapping: Mapping, pageSize: number): Mapping {
   for (const { start, end } of mapping.guards) copy.guards.set(start, end, true);
   for (const { start, end, value } of mapping.policy) copy.policy.set(start, end, value);
   if (shared) return copy;
+  // They are pinned: fork(2) copies them at once, which takes them from a guest that has them.
+  reclaim(mapping.store, pgoff, pgoff + pages);
   for (const range of mapping.store.presentWithin(0, pgoff + pages)) {
     const bytes = new Uint8Array((range.end - range.start) * pageSize);
     mapping.store.read(range.start * pageSize, bytes);

@@ -28,6 +28,8 @@ export class MemoryFile extends OpenFile {
   readonly store: PageStore;
   readonly ino: bigint;
   readonly mode: number;
+  /** Its pages are the kernel's own, of tmpfs: not a disk's, and no huge ones of hugetlbfs. */
+  readonly isShmem: boolean;
   size = 0;
   position = 0;
   seals: number;
@@ -38,11 +40,16 @@ export class MemoryFile extends OpenFile {
   /** What a VM sees of a file that is sealed for a guest, from the first memslot on. */
   guest: GuestMemfdFile | null = null;
 
-  constructor(pageSize: number, ino: bigint, options: { sealable?: boolean; mode?: number; disk?: Disk } = {}) {
+  constructor(
+    pageSize: number,
+    ino: bigint,
+    options: { sealable?: boolean; mode?: number; disk?: Disk; shmem?: boolean } = {},
+  ) {
     super('file');
     this.store = new PageStore(pageSize, () => this.size, options.disk);
     this.ino = ino;
     this.mode = options.mode ?? 0o100777;
+    this.isShmem = options.shmem ?? true;
     this.seals = options.sealable ? 0 : SEAL_SEAL;
   }
 
@@ -159,6 +166,8 @@ export class MemoryFile extends OpenFile {
     const { pageSize } = this.store;
     const first = Math.ceil(offset / pageSize);
     const last = Math.floor(end / pageSize);
+    this.#reclaim(offset, Math.min(end, first * pageSize));
+    if (last * pageSize < end) this.#reclaim(last * pageSize, Math.min(end, this.pages * pageSize));
     if (first > last) {
       this.store.zero(offset, end);
       return;

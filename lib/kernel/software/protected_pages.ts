@@ -81,7 +81,7 @@ export class ProtectedPages {
     for (const [store, watcher] of this.#watchers) store.watchers.delete(watcher);
     for (const { start, end, value } of [...this.#pages]) {
       if (value.hold === 'owned') this.lose(start, end, value);
-      value.store.taken.delete(start + value.shift, end + value.shift);
+      if (value.hold === 'shared') value.store.taken.delete(start + value.shift, end + value.shift);
     }
     this.#pages.clear();
   }

@@ -1,4 +1,11 @@
-import { KVM_MEM_READONLY, KVM_VM_TYPE_ARM_PROTECTED, MADV_DONTNEED, PROT_NONE, PROT_READ } from '../../../lib/uapi.ts';
+import {
+  KVM_MEM_READONLY,
+  KVM_VM_TYPE_ARM_PROTECTED,
+  MADV_DONTNEED,
+  MAP_PRIVATE,
+  PROT_NONE,
+  PROT_READ,
+} from '../../../lib/uapi.ts';
 import { initialise } from '../../../lib/vcpu_setup.ts';
 import { useVcpu } from '../child_programs.ts';
 import { codePage, fault, type Guest, mmioRead, mmioWrite, unexplained } from '../guest.ts';
@@ -412,6 +419,20 @@ const protectedGuest = (s: Scenario) => {
   return { vm, memory, guest: s.guest(vm) };
 };
 
+/** A guest of a protected VM with four pages of a memfd. */
+const protectedMemfd = (s: Scenario) => {
+  const vm = s.vm(KVM_VM_TYPE_ARM_PROTECTED);
+  const file = s.memfd(4);
+  const memory = s.map(file, { pages: 4 });
+  s.slot(vm, { pages: 4, hva: s.kernel.addressOf(memory) });
+  return { vm, file, memory, guest: s.guest(vm) };
+};
+/** pread(2) of a page's first byte. */
+const hostReads = (s: Scenario, file: number, page: number): number | undefined => {
+  const byte = new Uint8Array(1);
+  return s.kernel.pread(file, byte, page * s.P) === 1 ? byte[0] : undefined;
+};
+
 const [MEMINFO, SHARE, UNSHARE] = [0xc600_0002n, 0xc600_0003n, 0xc600_0004n];
 /** The guest lets the host have one of its pages, or no more. */
 const share = (s: Scenario, guest: Guest, page: number) => guest.hypercall(SHARE, BigInt(page * s.P));
@@ -558,18 +579,45 @@ export const protectedAccess = section('Guest access in a protected VM (arm64)',
   }),
   scenario(260, 'the host’s kernel takes a page that it needs, as zeros, and the guest has lost it', {
     needs: [protectedVm],
-    given: (s) => {
-      const vm = s.vm(KVM_VM_TYPE_ARM_PROTECTED);
-      const file = s.memfd(4);
-      s.slot(vm, { pages: 4, hva: s.kernel.addressOf(s.map(file, { pages: 4 })) });
-      return { file, guest: s.guest(vm) };
+    given: protectedMemfd,
+    when: (s, { file, guest }) => [
+      [guest.put(1, 7), guest.put(2, 8)],
+      hostReads(s, file, 1),
+      guest.get(1),
+      guest.put(1, 7),
+      guest.get(2),
+    ],
+    expect: [[0, 0], 0, unexplained, unexplained, 8],
+  }),
+  scenario('260 another', 'another guest can take what was lost, and keeps it when the first VM closes', {
+    needs: [protectedVm],
+    given: protectedMemfd,
+    when: (s, { vm, file, memory, guest }) => {
+      const lost = [guest.put(1, 7), hostReads(s, file, 1)];
+      const other = s.vm(KVM_VM_TYPE_ARM_PROTECTED);
+      s.slot(other, { pages: 4, hva: s.kernel.addressOf(memory) });
+      const second = s.guest(other);
+      const taken = [second.put(1, 9), guest.get(1), s.get(memory, 1)];
+      s.closeFd(guest.vcpu);
+      s.closeFd(vm);
+      return [lost, taken, s.get(memory, 1), second.get(1)];
     },
+    expect: [[0, 0], [0, unexplained, 'EFAULT'], 'EFAULT', 9],
+  }),
+  scenario('260 private', 'a private mapping of the file does not show it either', {
+    needs: [protectedVm],
+    given: protectedMemfd,
     when: (s, { file, guest }) => {
-      const byte = new Uint8Array(1);
-      const used = [guest.put(1, 7), guest.put(2, 8)];
-      return [used, s.kernel.pread(file, byte, s.P), byte[0], guest.get(1), guest.put(1, 7), guest.get(2)];
+      const mapping = s.map(file, { pages: 4, flags: MAP_PRIVATE });
+      return [guest.put(1, 7), s.get(mapping, 1), guest.get(1), s.get(mapping, 2)];
     },
-    expect: [[0, 0], 1, 0, unexplained, unexplained, 8],
+    expect: [0, 'EFAULT', 7, 0],
+  }),
+  scenario('260 part', 'a file that ends inside a page: its kernel clears the rest, and takes the page', {
+    needs: [protectedVm],
+    given: protectedMemfd,
+    when: (s, { file, guest }) => [guest.put(1, 7), s.kernel.ftruncate(file, s.P + 100), guest.get(1), guest.get(0)],
+    expect: [0, 0, unexplained, 0],
   }),
   scenario(253, 'once it has run, its slots can be neither deleted nor moved; more can be created', {
     needs: [protectedVm],

@@ -118,7 +118,8 @@ export class GuestMemory {
    *
    * @param address Guest physical address in bytes; any alignment.
    * @param length Bytes, at most 4 GiB.
-   * @throws KvmError `EFAULT` as for read(), or across a border of memslots · `ERR_CLOSED`
+   * @throws KvmError `EFAULT` as for read(), or across a border of memslots · `EBUSY` a pager brings its pages, or the VM is a protected one ·
+   *   `ERR_CLOSED`
    */
   view(address: number, length: number): Uint8Array {
     this.#owner.assertOpen();
@@ -187,7 +188,10 @@ export class GuestMemory {
   #piece(slot: Memslot, address: number, size: number, what: string): Piece {
     const { guestMemfd, hostMemory } = slot;
     const inSlot = address - slot.address;
-    if (guestMemfd?.backing.gmemOnly) {
+    const { type, capabilities } = this.#owner.vm;
+    // A protected guest has the host memory, also where there is a file.
+    const ignoresFile = type === 'protected' && capabilities.conversion !== 'in-place' && hostMemory !== null;
+    if (guestMemfd?.backing.gmemOnly && !ignoresFile) {
       const { hostAccessible, map } = guestMemfd.backing;
       if (!hostAccessible)
         throw this.#fault(what, address, size, `the guest_memfd of slot ${slot.slot} was created without initShared`);

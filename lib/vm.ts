@@ -269,7 +269,8 @@ export class Vm extends Resource {
   }
 
   /**
-   * Shows memory to the guest at a guest physical address.
+   * Shows memory to the guest at a guest physical address. The guest of a VM of type 'protected' takes each page of the host memory that it touches
+   * for itself: views of that memory are detached, and there are none from then on; once the guest has run, the memslot stays where it is.
    *
    * @throws KvmError `EEXIST` the address range, the slot number or the bytes of the file are taken · `EINVAL` unaligned or beyond a limit,
    *   memory of another Kvm or VM · `ERR_CLOSED` · TypeError, RangeError for arguments that cannot be

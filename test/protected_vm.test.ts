@@ -80,6 +80,20 @@ for (const { name, open } of hosts) {
       t.end();
     });
 
+    t.test('a guest_memfd beside host memory is nobody’s', (t) => {
+      const { vm, close } = begin();
+      const guestMemfd = vm.createGuestMemfd({ size: P, mmap: true, initShared: true });
+      const other = kvm.createHostMemory({ size: P });
+      vm.createMemslot({ address: 4 * MiB, size: P, hostMemory: other, guestMemfd });
+      vm.memory.write(4 * MiB, Buffer.from('host memory'));
+      const agent = GuestAgent.boot(vm, { address: HOME });
+      t.equal(Buffer.from(agent.read(4 * MiB, 11)).toString(), 'host memory');
+      t.equal(guestMemfd.residentBytes(), 0);
+      close();
+      other.close();
+      t.end();
+    });
+
     t.test('it shares pages, and takes them back', (t) => {
       const { vm, close } = begin();
       const agent = GuestAgent.boot(vm, { address: HOME });

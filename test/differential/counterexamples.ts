@@ -283,4 +283,18 @@ export const counterexamples: readonly Counterexample[] = [
       { call: 'mlock', map: 0, from: 0, length: 1 },
     ],
   },
+  {
+    found: '7.3.4 x86: pages beside a locked one that were only read are the page of zeros',
+    answer: '0100000000000000eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee',
+    program: [
+      vm,
+      anonymous,
+      vcpu,
+      locked,
+      { call: 'setUserMemoryRegion', ...page0, size: 2, flags: 1, vm: 'vm0' },
+      { call: 'madvise', map: 0, from: 0, length: 2, advice: 22 },
+      { call: 'preFaultMemory', vcpu: 'vcpu0', gpa: 0, size: 2, flags: 0 },
+      { call: 'getDirtyLog', vm: 'vm0', slot: 0, bytes: 32 },
+    ],
+  },
 ];

@@ -104,6 +104,11 @@ function excludedRegion(step: SetRegion, mirror: Mirror, kernel: Kernel): string
   const slot = vm?.slots.get(key);
   if (slot && slot.mapping !== null && !mirror.mappings[slot.mapping]?.alive && isMappedPage(step.hva))
     return 'a mapping that may be where the one of the slot was';
+  if (slot && isMappedPage(step.hva)) {
+    const mapping = mirror.mappings[mirror.world.mappingIndex(step.hva.mapping)];
+    if (mapping && step.hva.page >= mapping.pages)
+      return 'what may lie behind a mapping, compared with where the slot is';
+  }
   if (vm?.hasAgent) {
     const moved = slot?.size ?? 0;
     if (key === AGENT_SLOT || meetsAgent(Number(gpa), Math.max(Number(size), moved)))

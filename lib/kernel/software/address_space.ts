@@ -134,9 +134,10 @@ export class AddressSpace {
   populate(mapping: Mapping, start: number, end: number, prot: number): boolean {
     const count = mapping.reachable(start, this.#settled(mapping, start, end), prot);
     const { pageSize } = this.#machine;
-    const written = prot === PROT_WRITE || mapping.locked.overlaps(start, end);
-    if (written) mapping.zeros.delete(mapping.pgoff + start, mapping.pgoff + start + count);
-    else this.#noteZeros(mapping, (mapping.pgoff + start) * pageSize, count * pageSize);
+    const written =
+      prot === PROT_WRITE ? [{ start, end: start + count }] : [...mapping.locked.within(start, start + count)];
+    if (prot !== PROT_WRITE) this.#noteZeros(mapping, (mapping.pgoff + start) * pageSize, count * pageSize);
+    for (const range of written) mapping.zeros.delete(mapping.pgoff + range.start, mapping.pgoff + range.end);
     this.#fillPrivate(mapping, (mapping.pgoff + start) * pageSize, count * pageSize);
     mapping.store.touch(mapping.pgoff + start, mapping.pgoff + start + count);
     mapping.faulted?.set(mapping.pgoff + start, mapping.pgoff + start + count, true);
